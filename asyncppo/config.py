@@ -1,0 +1,534 @@
+"""The configuration: one frozen Struct per component, read from YAML, refused when it is wrong.
+
+A file says only what differs from the defaults; `base: other.yaml` takes another file first; `--set a.b=c` comes last.
+Unknown keys are refused with the nearest known one, ranges stand in the types, and what can be derived is a property
+here and not a key. docs/configuration.md is generated from this file (`asyncppo config docs`).
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import inspect
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from asyncppo.errors import ConfigError
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+UnitInterval = Annotated[float, Meta(ge=0, le=1)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every section: frozen, keyword only, unknown keys refused."""
+
+
+class RunConfig(Section, frozen=True, kw_only=True):
+    """The run as a whole."""
+
+    name: Annotated[str, Meta(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run; its directory is `directory`/`name`."""
+    directory: str = "runs"
+    """Where run directories are made."""
+    seed: int = 42
+    """Seed of the order of prompts, the shards, the critics' heads and the minibatches."""
+    steps: Positive = 500
+    """Trainer steps; each consumes `stream.prompts_per_batch` groups and publishes one policy version."""
+    save_every: NonNegative = 50
+    """Steps between checkpoints; 0 saves only at the end and on a stop."""
+    keep_checkpoints: Positive = 2
+    """How many checkpoints are kept."""
+
+
+class DataConfig(Section, frozen=True, kw_only=True):
+    """The prompts."""
+
+    train: str
+    """A `.jsonl` or `.parquet` file, or the name of a dataset on the hub (needs the `data` extra)."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    prompt_column: str = "prompt"
+    """Column with the problem: a text, or a list of chat messages."""
+    answer_column: str = "answer"
+    """Column with the gold answer."""
+    id_column: str | None = None
+    """Column with the prompt's id; without it the id is the row number."""
+    template: str = "{prompt}"
+    """The user message, with `{prompt}` where the problem goes; the tokenizer's chat template is put around it."""
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts are left out, and counted."""
+    shuffle: bool = True
+    """Draw a new order, from the seed, for every epoch."""
+
+
+class EvalConfig(Section, frozen=True, kw_only=True):
+    """Held-out problems, answered by the rollout servers, never entering the buffer or its counts."""
+
+    sets: dict[str, str] = {}
+    """Name to dataset, as in `data.train`; columns and template are those of `data`."""
+    samples: Positive = 4
+    """Responses drawn for each problem, at the sampling of training; pass@1 is their mean reward."""
+    limit: Positive | None = None
+    """At most this many problems of each set."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+    at_end: bool = True
+    """Evaluate after the last step."""
+
+
+class SamplingConfig(Section, frozen=True, kw_only=True):
+    """How responses are drawn. Both ends must agree on this section."""
+
+    group_size: Positive = 32
+    """Responses of each prompt."""
+    max_response_tokens: Positive = 8000
+    """Generation stops there; the response is then truncated (`algorithm.truncated`)."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits, at the engine and in the trainer's log-probs alike."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Nucleus sampling. Below 1 the engine's log-probs are those before the truncation (docs/how-it-works.md)."""
+    top_k: Annotated[int, Meta(ge=-1)] = -1
+    """Only the k likeliest tokens are drawn from; -1 is all."""
+
+
+class RewardConfig(Section, frozen=True, kw_only=True):
+    """How responses are graded. Both ends must agree on this section."""
+
+    function: str = "math_verify"
+    """`math_verify`, or `package.module:function` with (response text, gold answer) -> reward in [0, 1]."""
+    workers: Positive = 1
+    """Grading processes of each rollout server."""
+    timeout_s: PositiveFloat = 10.0
+    """A grading that takes longer is killed, counted as a reward error and scored 0."""
+
+
+class StreamConfig(Section, frozen=True, kw_only=True):
+    """From the rollout servers into the trainer."""
+
+    address: Annotated[str, Meta(pattern=r"^tcp://.+:\d+$")] = "tcp://127.0.0.1:5757"
+    """Where the trainer listens for rollout servers."""
+    prompts_per_batch: Positive = 64
+    """Groups of one trainer step, B."""
+    max_staleness: Annotated[int, Meta(ge=0, le=64)] = 4
+    """No batch ever holds a group staler than this many versions."""
+    insecure: bool = False
+    """Listen on, or connect to, an address that is not loopback without any encryption or authentication."""
+    heartbeat_s: PositiveFloat = 2.0
+    """Both ends say that they live this often; ten missed heartbeats are a death."""
+    lease_timeout_s: PositiveFloat = 600.0
+    """A prompt that a server has held for longer is given to another."""
+    batch_timeout_s: PositiveFloat = 1800.0
+    """The trainer ends with an error after waiting this long for one batch."""
+    max_message_mb: Positive = 512
+    """Larger messages are refused before they are decoded."""
+
+
+class AlgorithmConfig(Section, frozen=True, kw_only=True):
+    """AsyPPO (arXiv 2510.01656) with decoupled PPO (arXiv 2505.24298)."""
+
+    critics: NonNegative = 2
+    """M. 0 is GRPO (group-normalised advantages), 1 is PPO, 2 is AsyPPO."""
+    shards: Literal["disjoint", "shared"] = "disjoint"
+    """Which responses of each group a critic learns from: its own part, or all."""
+    aggregation: Literal["mean", "min"] = "mean"
+    """How the critics' values become one."""
+    gamma: UnitInterval = 1.0
+    """Discount of rewards."""
+    lam: UnitInterval = 1.0
+    """GAE's lambda for the actor; the critics' target is the Monte-Carlo return."""
+    whiten_advantages: bool = False
+    """Shift and scale the batch's advantages to zero mean and unit standard deviation."""
+    mask_fraction: Fraction = 0.2
+    """k: tokens of lowest value std that leave the policy term."""
+    entropy_coef: NonNegativeFloat = 0.01
+    """beta: weight of the entropy bonus."""
+    entropy_filter: Fraction = 0.2
+    """h: tokens of highest value std that leave the entropy bonus."""
+    mask_scope: Literal["batch", "sequence"] = "batch"
+    """Whether the masks' fractions are of the whole batch or of each response."""
+    utd: Annotated[int, Meta(ge=1, le=4)] = 1
+    """Optimiser passes over each batch (update-to-data ratio)."""
+    clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    """PPO's clip below 1."""
+    clip_high: PositiveFloat = 0.2
+    """PPO's clip above 1."""
+    behaviour_mode: Literal["mask", "clamp", "off"] = "mask"
+    """What happens where the behaviour weight exceeds its cap; `off` leaves the weight out."""
+    behaviour_cap: Annotated[float, Meta(ge=1)] = 5.0
+    """Cap of the behaviour weight, proximal over behaviour."""
+    loss_aggregation: Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum"] = "seq-mean-token-mean"
+    """How token losses become one, always with denominators of the global batch."""
+    truncated: Literal["zero", "mask", "bootstrap"] = "zero"
+    """A truncated response keeps its reward and a terminal value of 0, leaves the losses, or bootstraps from its last
+    value."""
+
+
+class ModelConfig(Section, frozen=True, kw_only=True):
+    """What the actor and the critics have in common: a model and how it is trained."""
+
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    """DeepSpeed, or the plain PyTorch twin that the tests compare it with."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of weights and activations; the optimiser keeps float32 masters."""
+    zero_stage: Annotated[int, Meta(ge=1, le=3)] = 1
+    """DeepSpeed's ZeRO stage."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state in CPU memory."""
+    processes: Positive = 1
+    """Data-parallel ranks; one process per device."""
+    devices: list[NonNegative] = []
+    """GPU indices, one for each process; empty takes as many as there are processes, from 0 upward, role by role."""
+    attention: Literal["segments", "flash_attention_2"] = "segments"
+    """Attention over packed sequences: PyTorch's per sequence (any device), or the flash-attn package."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    micro_batch_tokens: Positive = 16384
+    """Tokens (prompts included) of one forward pass; a longer sequence goes alone."""
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay."""
+    warmup_steps: NonNegative = 0
+    """Optimiser steps in which the learning rate rises linearly."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after the warm-up; linear and cosine fall to 0 at the last step."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this global norm."""
+    minibatches: Positive = 1
+    """Optimiser steps of one pass over a batch, on disjoint sets of responses."""
+
+
+class ActorConfig(ModelConfig, frozen=True, kw_only=True):
+    """The actor: a causal language model."""
+
+    path: str
+    """A Hugging Face directory or hub name."""
+
+
+class CriticConfig(ModelConfig, frozen=True, kw_only=True):
+    """The critics: any checkpoint, with a scalar head."""
+
+    path: str | None = None
+    """A Hugging Face directory or hub name; without it the actor's (a symmetric critic)."""
+    epochs: Positive | None = None
+    """Passes of a critic over its shard in each step; without it `algorithm.utd`."""
+    addresses: list[str] = []
+    """Where critics that were started by hand listen, `tcp://host:port` each; empty starts them beside the learner."""
+    timeout_s: PositiveFloat = 1800.0
+    """The learner ends with an error after waiting this long for a critic."""
+
+
+class RolloutConfig(Section, frozen=True, kw_only=True):
+    """The rollout servers."""
+
+    max_groups: Positive = 16
+    """Groups that one server has in flight at most."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is cuda where there is a GPU."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of the engine's weights."""
+    tensor_parallel: Positive = 1
+    """GPUs of one SGLang server."""
+    engine_args: dict[str, str | int | float | bool] = {}
+    """Further arguments of `sglang.launch_server`, without the dashes: `mem_fraction_static: 0.8`."""
+    start_timeout_s: PositiveFloat = 600.0
+    """SGLang must be ready within this time."""
+    request_timeout_s: PositiveFloat = 1800.0
+    """A generation request that takes longer fails, and its prompt is leased again."""
+    swap_timeout_s: PositiveFloat = 300.0
+    """Each phase of a weight swap must end within this time."""
+    connect_timeout_s: PositiveFloat = 600.0
+    """A rollout server looks this long for the trainer."""
+
+
+class PublishConfig(Section, frozen=True, kw_only=True):
+    """New weights, from the trainer to the rollout servers."""
+
+    directory: str = "/dev/shm"
+    """Where versions are written: memory on one host, a shared directory on several."""
+
+
+class Config(Section, frozen=True, kw_only=True):
+    """Everything; what the file has to say is `data.train` and `actor.path`."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig
+    eval: EvalConfig = EvalConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig = RewardConfig()
+    stream: StreamConfig = StreamConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    actor: ActorConfig
+    critic: CriticConfig = CriticConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    publish: PublishConfig = PublishConfig()
+
+    @property
+    def run_directory(self) -> Path:
+        """Where this run's metrics, checkpoints and reports are."""
+        return Path(self.run.directory) / self.run.name
+
+    @property
+    def weights_directory(self) -> Path:
+        """Where this run's versions are published."""
+        tag = hashlib.sha256(str(self.run_directory.resolve()).encode()).hexdigest()[:8]
+        return Path(self.publish.directory) / f"asyncppo-{self.run.name}-{tag}"
+
+    @property
+    def critic_path(self) -> str:
+        """The critics' checkpoint."""
+        return self.critic.path or self.actor.path
+
+    @property
+    def critic_epochs(self) -> int:
+        """Passes of each critic over its shard in one step."""
+        return self.critic.epochs or self.algorithm.utd
+
+    @property
+    def responses_per_batch(self) -> int:
+        """Responses of one trainer step."""
+        return self.stream.prompts_per_batch * self.sampling.group_size
+
+    @property
+    def max_admitted(self) -> int:
+        """Groups that are in flight or buffered at most: (max_staleness + 1) batches."""
+        return (self.stream.max_staleness + 1) * self.stream.prompts_per_batch
+
+    @property
+    def actor_steps(self) -> int:
+        """Optimiser steps of the actor in the whole run."""
+        return self.run.steps * self.algorithm.utd * self.actor.minibatches
+
+    @property
+    def critic_steps(self) -> int:
+        """Optimiser steps of each critic in the whole run."""
+        return self.run.steps * self.critic_epochs * self.critic.minibatches
+
+    def derived(self) -> dict[str, str | int]:
+        """What follows from the keys, for `asyncppo config show`."""
+        return {
+            "run_directory": str(self.run_directory),
+            "weights_directory": str(self.weights_directory),
+            "responses_per_batch": self.responses_per_batch,
+            "max_admitted_groups": self.max_admitted,
+            "prompts_of_the_run": self.run.steps * self.stream.prompts_per_batch,
+            "actor_optimizer_steps": self.actor_steps,
+            "critic_optimizer_steps": self.critic_steps if self.algorithm.critics else 0,
+            "trainer_processes": self.actor.processes + self.algorithm.critics * self.critic.processes,
+            "agreement_hash": self.agreement_hash(),
+        }
+
+    def agreement_hash(self) -> str:
+        """Hash of what the two ends have to agree on: how responses are drawn and graded."""
+        shared = msgspec.json.encode({"sampling": self.sampling, "reward": self.reward}, order="deterministic")
+        return hashlib.sha256(shared).hexdigest()[:16]
+
+    def check(self) -> None:
+        """Refuse combinations that no single type can refuse.
+
+        Raises:
+            ConfigError: one line: which keys, what they say, what would do.
+        """
+        if self.algorithm.shards == "disjoint" and self.algorithm.critics > self.sampling.group_size:
+            raise ConfigError(
+                f"algorithm.critics is {self.algorithm.critics} but sampling.group_size is only "
+                f"{self.sampling.group_size}: disjoint shards need a response for each critic"
+            )
+        if self.algorithm.critics == 0 and self.sampling.group_size == 1:
+            raise ConfigError("algorithm.critics is 0 (GRPO) but sampling.group_size is 1: a group needs 2 or more")
+        if self.critic.addresses and len(self.critic.addresses) != self.algorithm.critics:
+            raise ConfigError(
+                f"critic.addresses has {len(self.critic.addresses)} entries for {self.algorithm.critics} critics"
+            )
+        if self.actor.devices and len(self.actor.devices) != self.actor.processes:
+            raise ConfigError(f"actor.devices has {len(self.actor.devices)} GPUs for {self.actor.processes} processes")
+        wanted = self.algorithm.critics * self.critic.processes
+        if self.critic.devices and len(self.critic.devices) != wanted:
+            raise ConfigError(f"critic.devices has {len(self.critic.devices)} GPUs for {wanted} critic processes")
+        for section, model in (("actor", self.actor), ("critic", self.critic)):
+            if model.minibatches > self.stream.prompts_per_batch:
+                raise ConfigError(
+                    f"{section}.minibatches is {model.minibatches}, more than the {self.stream.prompts_per_batch} "
+                    "groups of a batch (stream.prompts_per_batch)"
+                )
+            if model.engine == "plain" and model.processes > 1:
+                raise ConfigError(f"{section}.engine is plain, which trains in one process; use deepspeed for more")
+
+
+def load(path: Path | str, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a config file and what it is based on, then apply `a.b=c` overrides.
+
+    Args:
+        path: a YAML file; its key `base` names a file, relative to it, that is read first.
+        overrides: `section.key=value`, the value in YAML.
+
+    Raises:
+        ConfigError: missing file, bad YAML, unknown or ill-typed key, value out of range; one line that says where.
+    """
+    tree = _read_tree(Path(path), ())
+    for override in overrides:
+        _apply(tree, override)
+    return from_tree(tree, str(path))
+
+
+def from_tree(tree: dict[str, Any], where: str = "config") -> Config:
+    """Convert plain data into a checked Config.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    try:
+        config = msgspec.convert(tree, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(str(error))}") from None
+    config.check()
+    return config
+
+
+def dump(config: Config) -> bytes:
+    """The resolved config as YAML, as it is stored with the run."""
+    return msgspec.yaml.encode(msgspec.to_builtins(config))
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `base` goes round in a circle")
+    try:
+        tree = msgspec.yaml.decode(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such config file") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `data:` and `actor:`, got {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read_tree(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected section.key=value")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+    try:
+        node[last] = msgspec.yaml.decode(value.encode()) if value else None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _explain(error: str) -> str:
+    """Turn msgspec's words into ours: the dotted key first, and the nearest known key for an unknown one."""
+    text, _, where = error.partition(" - at `")
+    path = where.rstrip("`").removeprefix("$").lstrip(".")
+    unknown = re.search(r"unknown field `(.*?)`", text)
+    missing = re.search(r"missing required field `(.*?)`", text)
+    dotted = ".".join(part for part in (path, (unknown or missing or [None, ""])[1]) if part)
+    if unknown:
+        known = _keys(path)
+        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.5)
+        everywhere = [f"{section}.{key}" for section in _keys("") for key in _keys(section)]
+        elsewhere = [key for key in everywhere if key.endswith(f".{unknown[1]}")]
+        hint = near[0] if near else (elsewhere[0] if elsewhere else None)
+        prefix = f"{path}." if path and near else ""
+        tail = f"did you mean {prefix}{hint}?" if hint else f"known keys here: {', '.join(known)}"
+        return f"unknown key {dotted}; {tail}"
+    if missing:
+        return f"{dotted} is missing and has no default"
+    return f"{dotted}: {text[0].lower()}{text[1:]}"
+
+
+def _keys(path: str) -> list[str]:
+    kind: Any = Config
+    for part in filter(None, path.split(".")):
+        hints = typing.get_type_hints(kind) if isinstance(kind, type) and issubclass(kind, Section) else {}
+        kind = hints.get(part)
+    is_section = isinstance(kind, type) and issubclass(kind, Section)
+    return list(kind.__struct_fields__) if is_section else []
+
+
+def documentation() -> str:
+    """docs/configuration.md, from the types and the docstrings in this file."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated from `asyncppo/config.py` by `asyncppo config docs`. A config file is YAML and says only what differs",
+        "from these defaults. `base: other.yaml` takes another file first; `--set section.key=value` comes last.",
+        "",
+    ]
+    hints = typing.get_type_hints(Config, include_extras=True)
+    for section in Config.__struct_fields__:
+        kind = hints[section]
+        lines += [f"## {section}", "", str(kind.__doc__).splitlines()[0], "", "| key | type | default | |", "|---|---|---|---|"]
+        texts = {name: text for base in reversed(kind.__mro__[:-1]) for name, text in _field_docs(base).items()}
+        types_of = typing.get_type_hints(kind, include_extras=True)
+        for field in msgspec.structs.fields(kind):
+            default = "**required**" if field.required else f"`{_default(field)}`"
+            lines.append(f"| `{field.name}` | {_type_name(types_of[field.name])} | {default} | {texts[field.name]} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    if field.default is not msgspec.NODEFAULT:
+        return "null" if field.default is None else field.default
+    return typing.cast(typing.Callable[[], Any], field.default_factory)()
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    if kind.__module__ != __name__:
+        return {}
+    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(kind)).body[0]).body
+    docs = {}
+    for item, after in zip(body, body[1:], strict=False):
+        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and is_text:
+            text = typing.cast(ast.Constant, typing.cast(ast.Expr, after).value).value
+            docs[item.target.id] = " ".join(str(text).split()).replace("|", "\\|")
+    return docs
+
+
+def _type_name(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        meta = args[1]
+        bounds = [
+            f"{sign} {value}"
+            for sign, value in (("≥", meta.ge), (">", meta.gt), ("≤", meta.le), ("<", meta.lt))
+            if value is not None
+        ]
+        return " ".join([_type_name(args[0]), ", ".join(bounds)]).strip()
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in args)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if arg is type(None) else _type_name(arg) for arg in args)
+    if origin in (list, tuple, dict):
+        return f"{origin.__name__} of {', '.join(dict.fromkeys(_type_name(arg) for arg in args))}"
+    return str(getattr(kind, "__name__", kind))

@@ -1,0 +1,363 @@
+"""What the processes say to each other, grouped by who receives it, and how it becomes bytes.
+
+A message is a frozen msgspec Struct. On the wire it is a list of frames: a msgpack header, then one raw frame for each
+numpy array, in the order of the fields; nothing is pickled, and no long list of numbers enters the header. `decode`
+bounds every size before it looks at the content, and raises MessageError for whatever does not make sense.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncppo.errors import MessageError
+
+PROTOCOL = 1
+"""Raised whenever a message changes; both ends must have the same."""
+
+MAX_HEADER_BYTES = 1 << 20
+MAX_FRAMES = 32
+_DTYPES = frozenset({"int32", "int64", "uint8", "float32"})
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+UInt8 = NDArray[np.uint8]
+Frames = list[bytes | memoryview]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, eq=False):
+    """Base of every message."""
+
+
+class ArrayRef(msgspec.Struct, frozen=True, array_like=True):
+    """Stands in the header for the array in a frame of its own."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    frame: int
+
+
+# --- received by the trainer's intake; made by rollout servers -------------------------------------------------------
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First message of a rollout server, repeated until it is answered by Welcome or Refused."""
+
+    protocol: int
+    server: str
+    """The server's name; a restarted server may bear the same."""
+    incarnation: str
+    """New at every start of the process: what an older incarnation held is leased again."""
+    capacity: int
+    """Groups that it takes at once."""
+    agreement: str
+    """`Config.agreement_hash()`."""
+    model: str
+    """`fingerprints.model_fingerprint` of the model directory that the engine was started with."""
+    tokenizer: str
+    """`fingerprints.tokenizer_fingerprint` of the same."""
+    engine: str
+    """What generates, for people: `sglang 0.5.23 (cpu)`."""
+
+
+class Group(Message, frozen=True, kw_only=True):
+    """One prompt's responses, complete and graded. Kept and sent again by the server until it is acknowledged.
+
+    N responses with T tokens in all; S spans of one weight version each.
+    """
+
+    lease: int
+    response_ids: Int32  # [T], the responses one after the other
+    lengths: Int32  # [N], sum T, each >= 1
+    behaviour_logprobs: Float32  # [T], the engine's own
+    span_versions: Int32  # [S], the engine's weight version of each span, rising within a response
+    span_lengths: Int32  # [S], tokens of each span, sum T
+    span_counts: Int32  # [N], spans of each response, sum S
+    rewards: Float32  # [N]
+    truncated: UInt8  # [N], 1 where the response reached max_response_tokens
+    reward_errors: UInt8  # [N], 1 where grading failed or timed out (its reward is 0)
+    generate_s: float
+    grade_s: float
+
+    def check(self, group_size: int) -> None:
+        """Refuse what does not make sense.
+
+        Raises:
+            MessageError: what was expected, and what came.
+        """
+        tokens, responses = int(self.response_ids.size), int(self.lengths.size)
+        if responses != group_size:
+            raise MessageError(f"group of lease {self.lease}: expected {group_size} responses, got {responses}")
+        for name, expected in (
+            ("rewards", responses),
+            ("truncated", responses),
+            ("reward_errors", responses),
+            ("span_counts", responses),
+            ("behaviour_logprobs", tokens),
+        ):
+            if getattr(self, name).shape != (expected,):
+                got = getattr(self, name).shape
+                raise MessageError(f"group of lease {self.lease}: {name} has shape {got}, expected ({expected},)")
+        if (self.lengths < 1).any() or int(self.lengths.sum()) != tokens:
+            raise MessageError(f"group of lease {self.lease}: lengths do not partition its {tokens} tokens")
+        spans = int(self.span_versions.size)
+        if self.span_lengths.shape != (spans,) or (self.span_lengths < 1).any() or (self.span_counts < 1).any():
+            raise MessageError(f"group of lease {self.lease}: malformed version spans")
+        if int(self.span_counts.sum()) != spans:
+            raise MessageError(f"group of lease {self.lease}: {spans} version spans, but the counts say otherwise")
+        starts = np.concatenate(([0], np.cumsum(self.span_counts)))[:-1]
+        if not np.array_equal(np.add.reduceat(self.span_lengths, starts), self.lengths):
+            raise MessageError(f"group of lease {self.lease}: version spans do not partition the responses")
+        rising = np.diff(self.span_versions) >= 0
+        rising[starts[1:] - 1] = True
+        if not rising.all() or (self.span_versions < 0).any():
+            raise MessageError(f"group of lease {self.lease}: version spans fall within a response")
+        if not (np.isfinite(self.behaviour_logprobs).all() and np.isfinite(self.rewards).all()):
+            raise MessageError(f"group of lease {self.lease}: a log-prob or a reward is not finite")
+
+
+class Failed(Message, frozen=True, kw_only=True):
+    """A lease that this server could not complete; the trainer leases the prompt again."""
+
+    lease: int
+    reason: str
+
+
+class Status(Message, frozen=True, kw_only=True):
+    """A rollout server's heartbeat: it lives, and this is what it does."""
+
+    policy_version: int
+    groups_in_flight: int
+    unacknowledged: int
+    responses: int
+    """Responses completed since its start."""
+    tokens: int
+    """Response tokens generated since its start."""
+    idle_s: float
+    """Seconds since its start in which it had nothing to generate: it waited for leases."""
+    reward_errors: int
+    engine_restarts: int
+    state: Literal["starting", "generating", "waiting for leases", "swapping", "engine down", "stopping"]
+
+
+class Swapped(Message, frozen=True, kw_only=True):
+    """The engine serves this version now; phase times in seconds."""
+
+    policy_version: int
+    verify_s: float
+    pause_s: float
+    load_s: float
+    resume_s: float
+
+
+class SwapFailed(Message, frozen=True, kw_only=True):
+    """The engine keeps its old version; the server will try again with the next one."""
+
+    policy_version: int
+    reason: str
+
+
+class Goodbye(Message, frozen=True, kw_only=True):
+    """The server leaves; what it holds is leased again."""
+
+    reason: str
+
+
+# --- received by rollout servers; made by the trainer's intake -------------------------------------------------------
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """The server is one of the pool."""
+
+    run: str
+    heartbeat_s: float
+    trainer: str = ""
+    """New at every start of the trainer: leases of another one are void, and their numbers may come again."""
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """The server does not fit this trainer, and why; it ends."""
+
+    reason: str
+
+
+class Lease(Message, frozen=True, kw_only=True):
+    """One prompt to answer `group_size` times."""
+
+    lease: int
+    epoch: int
+    prompt_id: str
+    prompt_ids: Int32  # [P]
+    answer: str
+    group_size: int
+    purpose: Literal["train", "eval"]
+
+
+class Ack(Message, frozen=True, kw_only=True):
+    """The trainer holds the group of this lease, or no longer wants it: forget it."""
+
+    lease: int
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """These leases are no longer wanted: stop generating for them."""
+
+    leases: list[int]
+
+
+class WeightsReady(Message, frozen=True, kw_only=True):
+    """A version is published whole, under `directory`, with a manifest whose own checksum this is."""
+
+    policy_version: int
+    directory: str
+    manifest: str
+
+
+class Pulse(Message, frozen=True, kw_only=True):
+    """The trainer lives."""
+
+    policy_version: int
+
+
+class Unknown(Message, frozen=True, kw_only=True):
+    """The trainer does not know the sender (it may have restarted): say Hello again."""
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """The run has ended, or is being ended: leave."""
+
+    reason: str
+
+
+# --- received by a critic; made by the learner -----------------------------------------------------------------------
+
+
+class Learn(Message, frozen=True, kw_only=True):
+    """A packed batch: learn from the shard, then give the values of all responses (AsyPPO, Algorithm 1).
+
+    N responses, L tokens with their prompts, T response tokens.
+    """
+
+    step: int
+    input_ids: Int32  # [L], prompt and response of each sequence, one after the other
+    sequence_lengths: Int32  # [N], sum L
+    response_lengths: Int32  # [N], sum T
+    returns: Float32  # [T]
+    shard: UInt8  # [N], 1 where this critic learns from the response
+    group_index: Int32  # [N], which group of the batch the response belongs to
+
+
+class SaveCritic(Message, frozen=True, kw_only=True):
+    """Write everything that a resume needs into this directory."""
+
+    directory: str
+
+
+class LoadCritic(Message, frozen=True, kw_only=True):
+    """Go on from this directory."""
+
+    directory: str
+
+
+# --- received by the learner; made by a critic -----------------------------------------------------------------------
+
+
+class CriticReady(Message, frozen=True, kw_only=True):
+    """The critic is up."""
+
+    index: int
+    parameters: int
+
+
+class Learned(Message, frozen=True, kw_only=True):
+    """The answer to Learn: the values after learning, and what learning did."""
+
+    step: int
+    values: Float32  # [T]
+    metrics: dict[str, float]
+    seconds: float
+
+
+class Done(Message, frozen=True, kw_only=True):
+    """What was asked for is done."""
+
+
+class CriticFailed(Message, frozen=True, kw_only=True):
+    """What was asked for failed; the critic ends."""
+
+    reason: str
+
+
+ToTrainer = Hello | Group | Failed | Status | Swapped | SwapFailed | Goodbye
+ToRollout = Welcome | Refused | Lease | Ack | Cancel | WeightsReady | Pulse | Unknown | Stop
+ToCritic = Learn | SaveCritic | LoadCritic | Stop
+ToLearner = CriticReady | Learned | Done | CriticFailed
+
+
+class Codec:
+    """Encodes any message; decodes those of one union. Not thread-safe: one for each thread.
+
+    Args:
+        receives: the union of messages that may come, such as `ToTrainer`.
+        max_bytes: a larger message is refused before it is decoded.
+    """
+
+    def __init__(self, receives: Any, max_bytes: int = 512 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._frames: Sequence[Any] = ()
+        self._arrays: list[Any] = []
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=self._take_array)
+        self._decoder = msgspec.msgpack.Decoder(receives, dec_hook=self._give_array)
+
+    def encode(self, message: Message) -> Frames:
+        """Header and array frames of a message; the arrays are not copied."""
+        self._arrays = []
+        header = self._encoder.encode(message)
+        return [header, *self._arrays]
+
+    def decode(self, frames: Sequence[bytes | memoryview]) -> Any:
+        """The message in these frames; its arrays are read-only views of them.
+
+        Raises:
+            MessageError: too many or too large frames, a header that is no known message, an array that is not what
+                its header says.
+        """
+        if not 1 <= len(frames) <= MAX_FRAMES:
+            raise MessageError(f"expected 1 to {MAX_FRAMES} frames, got {len(frames)}")
+        total = sum(len(frame) for frame in frames)
+        if len(frames[0]) > MAX_HEADER_BYTES or total > self._max_bytes:
+            raise MessageError(
+                f"header of {len(frames[0])} bytes, {total} bytes in all; at most {MAX_HEADER_BYTES} and {self._max_bytes}"
+            )
+        self._frames = frames
+        try:
+            return self._decoder.decode(frames[0])
+        except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
+            raise MessageError(f"does not decode: {error}") from None
+        finally:
+            self._frames = ()
+
+    def _take_array(self, value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            raise NotImplementedError(f"cannot encode {type(value).__name__}")
+        if value.dtype.name not in _DTYPES:
+            raise NotImplementedError(f"cannot encode an array of {value.dtype}")
+        self._arrays.append(np.ascontiguousarray(value).data.cast("B") if value.size else b"")
+        return ArrayRef(value.dtype.name, value.shape, len(self._arrays))
+
+    def _give_array(self, kind: Any, value: Any) -> Any:
+        wanted = np.dtype(kind.__args__[1].__args__[0]).name
+        ref = msgspec.convert(value, ArrayRef)
+        if ref.dtype != wanted:
+            raise ValueError(f"array of {ref.dtype}, expected {wanted}")
+        if not 1 <= ref.frame < len(self._frames) or len(ref.shape) != 1 or ref.shape[0] < 0:
+            raise ValueError("array without its frame, or with a shape that is not one number")
+        data = memoryview(self._frames[ref.frame])
+        if data.nbytes != math.prod(ref.shape) * np.dtype(wanted).itemsize:
+            raise ValueError(f"array of shape {ref.shape} in a frame of {data.nbytes} bytes")
+        return np.frombuffer(data, dtype=wanted)

@@ -1,0 +1,1 @@
+"""What is trained: the actor and the critics, each on a trainable engine (DeepSpeed, or its plain PyTorch twin)."""

@@ -1,0 +1,145 @@
+"""Everything that can be refused before anything expensive starts: models, tokenizers, datasets, addresses, GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from asyncppo.config import Config
+from asyncppo.errors import AddressError, ConfigError, ModelError
+from asyncppo.fingerprints import model_fingerprint, tokenizer_fingerprint
+from asyncppo.transport.zmq import check_address
+from trainer.model.networks import check_causal_lm
+from trainer.stream.intake import Identity
+from trainer.stream.prompts import Prompt, Tokenize, load_prompts
+
+
+@dataclass(frozen=True)
+class Data:
+    """The prompts of a run, tokenised."""
+
+    train: list[Prompt]
+    eval_sets: dict[str, list[Prompt]]
+    tokenizer_directory: Path
+
+
+def check(config: Config) -> Data:
+    """Refuse what cannot work.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line.
+    """
+    check_stream_address(config)
+    check_devices(config)
+    check_models(config)
+    return load_data(config)
+
+
+def check_stream_address(config: Config) -> None:
+    """The address is one we may listen on, and it is free.
+
+    Raises:
+        AddressError: not loopback without being asked for, or taken.
+    """
+    check_address(config.stream.address, config.stream.insecure)
+    parts = urlsplit(config.stream.address)
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((parts.hostname or "", parts.port or 0))
+        except OSError as error:
+            raise AddressError(
+                f"cannot listen on {config.stream.address}: {(error.strerror or str(error)).lower()}; stop what holds it, "
+                "or choose another port (stream.address)"
+            ) from None
+
+
+def check_devices(config: Config) -> None:
+    """There are as many GPUs as processes, where there are GPUs at all.
+
+    Raises:
+        ConfigError: too few.
+    """
+    wanted = config.actor.processes + config.algorithm.critics * config.critic.processes
+    have = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if have and not (config.actor.devices or config.critic.devices) and wanted > have:
+        raise ConfigError(
+            f"the actor and the critics are {wanted} processes, one for each GPU, but there are {have} GPUs: lower "
+            "actor.processes or critic.processes, or name the GPUs to share (actor.devices, critic.devices)"
+        )
+
+
+def check_models(config: Config) -> None:
+    """The actor is a causal language model, and the critics read the same tokens.
+
+    Raises:
+        ModelError: missing, of another kind, or with another tokenizer.
+    """
+    transformers_logging.set_verbosity_error()  # the new head of a critic is not a warning here
+    actor = check_causal_lm(config.actor.path)
+    if config.algorithm.critics == 0 or config.critic_path == config.actor.path:
+        return
+    critic = check_causal_lm(config.critic_path)
+    ours, theirs = _tokenizer(config.actor.path).get_vocab(), _tokenizer(config.critic_path).get_vocab()
+    if ours != theirs:
+        word = next(word for word in sorted({*ours, *theirs}) if ours.get(word) != theirs.get(word))
+        raise ModelError(
+            f"{config.critic_path}: the critic's tokenizer differs from that of the actor {config.actor.path} (first at "
+            f"{word!r}: {theirs.get(word)} and {ours.get(word)}): a critic must read the actor's tokens"
+        )
+    if critic.get_text_config().vocab_size < len(ours):
+        raise ModelError(f"{config.critic_path}: has {critic.vocab_size} embeddings for {len(ours)} tokens")
+    del actor
+
+
+def load_data(config: Config) -> Data:
+    """Read and tokenise all prompts.
+
+    Raises:
+        DataError: a dataset that is missing or empty, or lacks a column.
+    """
+    tokenizer = _tokenizer(config.actor.path)
+
+    def tokenize(messages: list[dict[str, str]]) -> list[int]:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        return list(encoded["input_ids"])
+
+    return Data(
+        train=load_prompts(config.data.train, config.data, tokenize),
+        eval_sets=_eval_sets(config, tokenize),
+        tokenizer_directory=Path(tokenizer.name_or_path),
+    )
+
+
+def identity(config: Config) -> Identity:
+    """What rollout servers have to have in common with this trainer."""
+    return Identity(
+        agreement=config.agreement_hash(),
+        model=model_fingerprint(config.actor.path),
+        tokenizer=tokenizer_fingerprint(config.actor.path),
+    )
+
+
+def _eval_sets(config: Config, tokenize: Tokenize) -> dict[str, list[Prompt]]:
+    return {
+        name: load_prompts(source, config.data, tokenize, config.eval.limit)
+        for name, source in config.eval.sets.items()
+    }
+
+
+def _tokenizer(path: str):  # type: ignore[no-untyped-def]  # transformers has no types
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path}: its tokenizer cannot be loaded: {first}") from None
+    if not tokenizer.chat_template:
+        raise ModelError(f"{path}: its tokenizer has no chat template")
+    return tokenizer

@@ -1,0 +1,168 @@
+"""One step's record: phase times while it runs, then the row of metrics (asyncppo/metrics.py) and a line for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncppo import algorithm
+from asyncppo.config import Config
+from trainer.stream.batch import Batch
+from trainer.stream.intake import Counts
+from trainer.targets import Targets, returns
+
+
+class Recorder:
+    """Makes the rows of a run; remembers only what rates need."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._started: float | None = None
+        self._last: tuple[float, Counts] | None = None
+
+    def row(
+        self,
+        step: StepRecord,
+        batch: Batch,
+        targets: Targets,
+        values: torch.Tensor,
+        proximal: torch.Tensor,
+        counts: Counts,
+    ) -> dict[str, Any]:
+        """All metrics of a step that has ended."""
+        now = time.monotonic()
+        if self._started is None:
+            self._started = step.started
+        row: dict[str, Any] = {
+            "step": batch.version + 1,
+            "policy_version": batch.version,
+            "time": time.time(),
+            "wall_s": now - self._started,
+            "uses": self._config.algorithm.utd,
+            **_batch_metrics(batch, self._config.stream.max_staleness),
+            **_value_metrics(batch, targets, values, self._config),
+            **step.critics,
+            **_policy_metrics(step.sums),
+            **_gap(batch, proximal),
+            "time/step_s": now - step.started,
+            **{f"time/{name}_s": seconds for name, seconds in step.seconds.items()},
+            "stream/servers": counts.servers,
+            "stream/in_flight": counts.in_flight,
+            "stream/buffered": counts.buffered,
+            "stream/admitted": counts.admitted,
+            "stream/consumed": counts.consumed,
+            "stream/dropped": sum(counts.dropped.values()),
+            "stream/malformed": counts.malformed,
+            "swap/count": counts.swaps,
+            "swap/pause_s": counts.swap_pause_s,
+            **self._rates(now, counts),
+        }
+        self._last = (now, counts)
+        return row
+
+    def _rates(self, now: float, counts: Counts) -> dict[str, float | None]:
+        if self._last is None:
+            return {"rollout/idle": None, "rollout/tokens_per_s": None}
+        then, before = self._last
+        span = max(1e-9, now - then)
+        idle = (counts.idle_s - before.idle_s) / span / max(1, counts.servers)
+        return {
+            "rollout/idle": min(1.0, max(0.0, idle)),
+            "rollout/tokens_per_s": max(0, counts.tokens - before.tokens) / span,
+        }
+
+    def line(self, row: dict[str, Any]) -> str:
+        """The step for people."""
+        return (
+            f"step {row['step']}/{self._config.run.steps}  reward {row['reward/mean']:.3f}  "
+            f"length {row['response/length_mean']:.0f}  staleness {row['staleness/mean']:.1f} (max {row['staleness/max']})  "
+            f"critic std {row['value/std_mean']:.3f}  entropy {row['policy/entropy']:.3f}  "
+            f"{row['time/step_s']:.1f} s, {row['time/wait_for_batch_s']:.1f} s of it waiting for groups"
+        )
+
+
+class StepRecord:
+    """Collects one step."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.seconds: dict[str, float] = {}
+        self.critics: dict[str, float] = {}
+        self.sums: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a block."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+def _batch_metrics(batch: Batch, max_staleness: int) -> dict[str, Any]:
+    staleness = batch.staleness
+    return {
+        "reward/mean": float(batch.rewards.mean()),
+        "reward/std": float(batch.rewards.std()),
+        "reward/errors": int(batch.reward_errors.sum()),
+        "response/length_mean": float(batch.response_lengths.mean()),
+        "response/length_max": int(batch.response_lengths.max()),
+        "response/truncated": float(batch.truncated.mean()),
+        "response/tokens": len(batch.response_ids),
+        "staleness/min": int(staleness.min()),
+        "staleness/mean": float(staleness.mean()),
+        "staleness/max": int(staleness.max()),
+        "staleness/histogram": np.bincount(staleness, minlength=max_staleness + 1).tolist(),
+    }
+
+
+def _value_metrics(batch: Batch, targets: Targets, values: torch.Tensor, config: Config) -> dict[str, Any]:
+    metrics = {
+        "mask/policy": 1.0 - float(targets.keep_policy.float().mean()),
+        "mask/entropy": 1.0 - float(targets.keep_entropy.float().mean()),
+        "advantage/mean": float(targets.advantages.mean()),
+        "advantage/std": float(targets.advantages.std(correction=0)),
+        "value/std_mean": float(targets.value_std.mean()),
+    }
+    if len(values):
+        explained = algorithm.explained_variance(targets.value, returns(batch, config.algorithm))
+        metrics |= {"value/mean": float(targets.value.mean()), "value/explained_variance": explained}
+    if len(values) >= 2:
+        low, middle, high = np.quantile(targets.value_std.numpy(), [0.1, 0.5, 0.9]).tolist()
+        metrics |= {"value/std_p10": low, "value/std_p50": middle, "value/std_p90": high}
+        if float(values[0].std()) > 0 and float(values[1].std()) > 0:
+            metrics["value/correlation"] = float(torch.corrcoef(values[:2])[0, 1])
+    return metrics
+
+
+def _policy_metrics(sums: dict[str, float]) -> dict[str, float]:
+    tokens, active = max(1.0, sums["tokens"]), max(1.0, sums["active"])
+    squares = sums["weight_sq_sum"]
+    return {
+        "policy/loss": sums["policy_loss"],
+        "policy/clip_fraction": sums["clipped"] / active,
+        "policy/capped_fraction": sums["capped"] / max(1.0, sums["policy_kept"]),
+        "policy/entropy": sums["entropy_sum"] / tokens,
+        "policy/kl_behaviour": sums["kl_behaviour_sum"] / tokens,
+        "policy/kl_proximal": sums["kl_proximal_sum"] / tokens,
+        "policy/ess": sums["weight_sum"] ** 2 / squares / active if squares else float("nan"),
+        "policy/grad_norm": sums["grad_norm"],
+        "policy/learning_rate": sums["learning_rate"],
+    }
+
+
+def _gap(batch: Batch, proximal: torch.Tensor) -> dict[str, Any]:
+    """Trainer against engine: only tokens that the very version drew, whose log-probs should be the same."""
+    same = batch.token_versions == batch.version
+    if not same.any():
+        return {"logprob_gap/mean": None, "logprob_gap/max": None, "logprob_gap/tokens": 0}
+    gap = np.abs(proximal.numpy()[same] - batch.behaviour_logprobs[same])
+    return {
+        "logprob_gap/mean": float(gap.mean()),
+        "logprob_gap/max": float(gap.max()),
+        "logprob_gap/tokens": int(same.sum()),
+    }

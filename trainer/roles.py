@@ -1,0 +1,91 @@
+"""The two roles of the trainer: how a learner and a critic are put together from their parts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from asyncppo.config import Config
+from asyncppo.messages import ToCritic, ToLearner
+from asyncppo.metrics import Journal
+from asyncppo.transport.zmq import ZmqChannel, ZmqHub
+from trainer import preflight
+from trainer.checkpoint import Checkpoints
+from trainer.feed import Feed
+from trainer.learner import Learner
+from trainer.model.critic import Critic, serve
+from trainer.model.critics import Critics
+from trainer.model.policy import Policy
+from trainer.model.world import World
+from trainer.publish import Publisher
+from trainer.stream.intake import Intake
+from trainer.stream.prompts import Prompts
+
+log = logging.getLogger("asyncppo.trainer")
+
+
+def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callable[[], bool]) -> int:
+    """One rank of the learner, to the end of the run; returns the exit code.
+
+    It ends in this order: the critics, the rollout servers (Stop), published versions, the process group.
+    """
+    data = preflight.load_data(config)
+    world = World()
+    first = world.rank == 0
+    critics = intake = publisher = journal = None
+    if first:  # bind before the models are loaded: servers may come at any time
+        hub = ZmqHub(config.stream.address, config.stream.max_message_mb << 20)
+        journal = Journal(config.run_directory)
+        prompts = Prompts(data.train, config.run.seed, config.data.shuffle)
+        intake = Intake(config, hub, prompts, preflight.identity(config), journal)
+        critics = Critics(config, [ZmqChannel(address, ToLearner, bind=False) for address in critic_addresses])
+        log.info("listening for rollout servers on %s", hub.address)
+    reason = "the trainer failed"
+    try:
+        policy = Policy(config, world)
+        resumed = Checkpoints(config).latest()
+        version, ledger = 0, None
+        if critics:
+            critics.wait_until_ready()
+        if resumed:
+            path, state = resumed
+            version, ledger = state.policy_version, state.ledger
+            policy.load(path / "actor")
+            if critics:
+                critics.load(path)
+            log.info("going on from %s", path)
+        if intake:
+            intake.start(ledger)
+            publisher = Publisher(config, data.tokenizer_directory)
+        feed = Feed(config, world, intake, journal, data.eval_sets, data.tokenizer_directory, should_stop)
+        if journal:
+            journal.event("start", version=version, resumed=bool(resumed))
+        reached = Learner(config, world, feed, policy, critics, publisher, journal).run(version)
+        reason = "the run is complete" if reached == config.run.steps else "the trainer was stopped"
+        if journal:
+            journal.event("end", version=reached, reason=reason)
+        return 0
+    finally:
+        if critics:
+            critics.stop(reason)
+        if intake:
+            intake.close(reason)
+        if publisher:
+            publisher.close()
+        if journal:
+            journal.close()
+        world.close()
+
+
+def critic(config: Config, index: int, address: str) -> int:
+    """One rank of a critic, until the learner stops it; returns the exit code."""
+    preflight.check_models(config)
+    world = World()
+    channel = ZmqChannel(address, ToCritic, bind=True) if world.rank == 0 else None
+    try:
+        serve(Critic(config, index, world), channel, index, world)
+        return 0
+    finally:
+        if channel:
+            channel.close()
+        world.close()

@@ -1,0 +1,1 @@
+"""What comes in: prompts are leased, groups are received, buffered within the staleness bound, and packed. No torch."""

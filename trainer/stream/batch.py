@@ -1,0 +1,75 @@
+"""Batch: the groups of one trainer step, packed without padding into numpy arrays; every field with its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from asyncppo.messages import Float32, Int32, UInt8
+from trainer.stream.buffer import BufferedGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """N responses of B groups: L tokens with their prompts, T response tokens. Response-major everywhere.
+
+    Token t of a response is predicted from the position before it, so the first response token is predicted from the
+    last prompt token: `predict[t]` is that position in `input_ids`, for log-probs and values alike.
+    """
+
+    version: int
+    """The version that this batch is about to train."""
+    input_ids: Int32  # [L] prompt and response of each sequence, one after the other
+    sequence_lengths: Int32  # [N] sum L
+    response_lengths: Int32  # [N] sum T
+    response_ids: Int32  # [T]
+    behaviour_logprobs: Float32  # [T]
+    token_versions: Int32  # [T] the engine's weight version of each token
+    rewards: Float32  # [N]
+    truncated: UInt8  # [N]
+    reward_errors: UInt8  # [N]
+    group_index: Int32  # [N] 0..B-1
+    shard: Int32  # [N] the critic that learns from the response; -1 where all do, or none
+    oldest_versions: Int32  # [B]
+    prompt_ids: tuple[str, ...]  # B
+    epochs: tuple[int, ...]  # B
+
+    @property
+    def staleness(self) -> Int32:
+        """[B] versions, of each group."""
+        return (self.version - self.oldest_versions).astype(np.int32)
+
+
+def pack(groups: Sequence[BufferedGroup], shards: Sequence[Sequence[int]], version: int) -> Batch:
+    """One Batch from groups.
+
+    Args:
+        groups: B groups.
+        shards: for each group, the critic of each response.
+        version: the version about to be trained.
+    """
+    sequences: list[Int32] = []
+    for held in groups:
+        ends = np.cumsum(held.group.lengths)[:-1]
+        sequences += [np.concatenate((held.prompt.prompt_ids, ids)) for ids in np.split(held.group.response_ids, ends)]
+    sizes = [len(held.group.lengths) for held in groups]
+    whole = [held.group for held in groups]
+    return Batch(
+        version=version,
+        input_ids=np.concatenate(sequences).astype(np.int32, copy=False),
+        sequence_lengths=np.array([len(sequence) for sequence in sequences], dtype=np.int32),
+        response_lengths=np.concatenate([group.lengths for group in whole]),
+        response_ids=np.concatenate([group.response_ids for group in whole]),
+        behaviour_logprobs=np.concatenate([group.behaviour_logprobs for group in whole]),
+        token_versions=np.concatenate([np.repeat(group.span_versions, group.span_lengths) for group in whole]),
+        rewards=np.concatenate([group.rewards for group in whole]),
+        truncated=np.concatenate([group.truncated for group in whole]),
+        reward_errors=np.concatenate([group.reward_errors for group in whole]),
+        group_index=np.repeat(np.arange(len(groups), dtype=np.int32), sizes),
+        shard=np.concatenate([np.asarray(shard, dtype=np.int32) for shard in shards]),
+        oldest_versions=np.array([held.oldest_version for held in groups], dtype=np.int32),
+        prompt_ids=tuple(held.prompt.prompt_id for held in groups),
+        epochs=tuple(held.epoch for held in groups),
+    )

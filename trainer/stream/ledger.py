@@ -1,0 +1,164 @@
+"""The ledger: what became of every prompt that was leased, and the only owner of those counts.
+
+A lease is one prompt on its way through the house: in flight at a server, buffered here, and at last consumed or dropped.
+A dropped one's prompt is leased again under a new lease, so no prompt is lost, and each (epoch, prompt) is consumed once.
+At all times: admitted = in flight + buffered + consumed + dropped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from asyncppo.errors import ConservationError
+from trainer.stream.prompts import Prompt, Prompts
+
+
+@dataclass(slots=True)
+class LeaseRecord:
+    """One prompt, leased."""
+
+    lease: int
+    position: int
+    """Place of the prompt in the run's endless sequence of prompts: says epoch and prompt."""
+    epoch: int
+    prompt: Prompt
+    peer: bytes
+    leased_at: float
+    oldest_version: int
+    """Oldest version that a token may have: the server's at the time of the lease, later the group's own."""
+    buffered: bool = False
+
+
+class LedgerState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint keeps of the ledger."""
+
+    next_position: int
+    unconsumed: list[int]
+    """Positions before `next_position` that are not consumed: to be leased again after a resume."""
+    admitted: int
+    consumed: int
+    dropped: dict[str, int]
+    next_lease: int
+
+
+@dataclass
+class Ledger:
+    """Who holds which prompt. Not thread-safe: the intake guards it."""
+
+    prompts: Prompts
+    max_staleness: int
+    records: dict[int, LeaseRecord] = field(default_factory=dict)
+    """In flight and buffered, by lease."""
+    due: Counter[int] = field(default_factory=Counter)
+    """Due version to number of records (asyncppo/staleness.py)."""
+    admitted: int = 0
+    consumed: int = 0
+    buffered: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    next_lease: int = 0
+    _next_position: int = 0
+    _fresh: Iterator[tuple[int, Prompt]] | None = None
+    _again: deque[tuple[int, int, Prompt]] = field(default_factory=deque)
+
+    @property
+    def in_flight(self) -> int:
+        """Leased and not yet received."""
+        return len(self.records) - self.buffered
+
+    @property
+    def unconsumed(self) -> int:
+        """In flight or buffered."""
+        return len(self.records)
+
+    def lease_number(self) -> int:
+        """A number that no other lease of this run has."""
+        self.next_lease += 1
+        return self.next_lease
+
+    def lease(self, peer: bytes, oldest_version: int, now: float) -> LeaseRecord:
+        """Admit the next prompt: one that has to be leased again first, else the next of the sequence."""
+        if self._again:
+            position, epoch, prompt = self._again.popleft()
+        else:
+            if self._fresh is None:
+                self._fresh = self.prompts.after(self._next_position)
+            position = self._next_position
+            epoch, prompt = next(self._fresh)
+            self._next_position += 1
+        record = LeaseRecord(self.lease_number(), position, epoch, prompt, peer, now, oldest_version)
+        self.records[record.lease] = record
+        self.admitted += 1
+        self.due[oldest_version + self.max_staleness] += 1
+        return record
+
+    def receive(self, lease: int, oldest_version: int) -> None:
+        """The group of a lease is buffered; its tokens say how old it is."""
+        record = self.records[lease]
+        self._undue(record)
+        record.oldest_version, record.buffered = oldest_version, True
+        self.due[oldest_version + self.max_staleness] += 1
+        self.buffered += 1
+
+    def consume(self, leases: Iterable[int]) -> None:
+        """These groups are in a batch."""
+        for lease in leases:
+            record = self.records.pop(lease)
+            self._undue(record)
+            self.buffered -= 1
+            self.consumed += 1
+
+    def drop(self, lease: int, reason: str) -> None:
+        """This lease ends without being consumed; its prompt will be leased again."""
+        record = self.records.pop(lease)
+        self._undue(record)
+        self.buffered -= record.buffered
+        self.dropped[reason] += 1
+        self._again.append((record.position, record.epoch, record.prompt))
+
+    def held_by(self, peer: bytes) -> list[int]:
+        """Leases in flight at a server."""
+        return [record.lease for record in self.records.values() if record.peer == peer and not record.buffered]
+
+    def check(self) -> None:
+        """Raises ConservationError when the counts do not add up."""
+        dropped = sum(self.dropped.values())
+        if (
+            self.admitted != self.in_flight + self.buffered + self.consumed + dropped
+            or self.buffered != sum(record.buffered for record in self.records.values())
+            or self.due.total() != len(self.records)
+        ):
+            raise ConservationError(
+                f"admitted {self.admitted} != in flight {self.in_flight} + buffered {self.buffered} + consumed "
+                f"{self.consumed} + dropped {dropped}: this is a bug; the run stops before it trains on wrong counts"
+            )
+
+    def state(self) -> LedgerState:
+        """For a checkpoint."""
+        waiting = [position for position, _, _ in self._again]
+        return LedgerState(
+            next_position=self._next_position,
+            unconsumed=sorted([*waiting, *(record.position for record in self.records.values())]),
+            admitted=self.consumed + sum(self.dropped.values()),
+            consumed=self.consumed,
+            dropped=dict(self.dropped),
+            next_lease=self.next_lease,
+        )
+
+    def restore(self, state: LedgerState) -> None:
+        """Go on from a checkpoint: what was in flight or buffered is leased again first."""
+        self._next_position, self.next_lease = state.next_position, state.next_lease
+        self.admitted, self.consumed, self.dropped = state.admitted, state.consumed, Counter(state.dropped)
+        for position in state.unconsumed:
+            epoch, prompt = next(self.prompts.after(position))
+            self._again.append((position, epoch, prompt))
+
+    def _undue(self, record: LeaseRecord) -> None:
+        deadline = record.oldest_version + self.max_staleness
+        self.due[deadline] -= 1
+        if not self.due[deadline]:
+            del self.due[deadline]
