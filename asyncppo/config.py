@@ -122,6 +122,8 @@ class StreamConfig(Section, frozen=True, kw_only=True):
     """Groups of one trainer step, B."""
     max_staleness: Annotated[int, Meta(ge=0, le=64)] = 4
     """No batch ever holds a group staler than this many versions."""
+    ready_batches: Positive = 1
+    """No prompt is leased while this many whole batches wait to be trained: more would only grow old."""
     insecure: bool = False
     """Listen on, or connect to, an address that is not loopback without any encryption or authentication."""
     heartbeat_s: PositiveFloat = 2.0
@@ -393,7 +395,7 @@ def from_tree(tree: dict[str, Any], where: str = "config") -> Config:
     try:
         config = msgspec.convert(tree, Config, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(str(error))}") from None
+        raise ConfigError(f"{where}: {_explain(str(error), tree)}") from None
     config.check()
     return config
 
@@ -444,8 +446,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
 
 
-def _explain(error: str) -> str:
-    """Turn msgspec's words into ours: the dotted key first, and the nearest known key for an unknown one."""
+def _explain(error: str, tree: dict[str, Any]) -> str:
+    """Turn msgspec's words into ours: the dotted key first, the nearest known key for an unknown one, what came last."""
     text, _, where = error.partition(" - at `")
     path = where.rstrip("`").removeprefix("$").lstrip(".")
     unknown = re.search(r"unknown field `(.*?)`", text)
@@ -462,16 +464,40 @@ def _explain(error: str) -> str:
         return f"unknown key {dotted}; {tail}"
     if missing:
         return f"{dotted} is missing and has no default"
-    return f"{dotted}: {text[0].lower()}{text[1:]}"
+    expected = text.partition(", got ")[0]
+    if expected.startswith("Invalid enum value"):
+        expected = f"expected {_type_name(_type_of(path))}"
+    return f"{dotted}: {expected[0].lower()}{expected[1:]}, got {_show(_value_of(path, tree))}"
 
 
 def _keys(path: str) -> list[str]:
+    kind = _type_of(path)
+    return list(kind.__struct_fields__) if _is_section(kind) else []
+
+
+def _type_of(path: str) -> Any:
+    """The declared type of a dotted key."""
     kind: Any = Config
     for part in filter(None, path.split(".")):
-        hints = typing.get_type_hints(kind) if isinstance(kind, type) and issubclass(kind, Section) else {}
-        kind = hints.get(part)
-    is_section = isinstance(kind, type) and issubclass(kind, Section)
-    return list(kind.__struct_fields__) if is_section else []
+        kind = typing.get_type_hints(kind).get(part) if _is_section(kind) else None
+    return kind
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _value_of(path: str, tree: dict[str, Any]) -> Any:
+    """What stands at `critic.addresses[0]`; for an entry of a dict, which msgspec calls `[...]`, the whole dict."""
+    node: Any = tree
+    for part in re.findall(r"[^.\[\]]+", path):
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return node
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def documentation() -> str:

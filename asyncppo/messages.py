@@ -176,7 +176,7 @@ class Welcome(Message, frozen=True, kw_only=True):
 
     run: str
     heartbeat_s: float
-    trainer: str = ""
+    trainer: str
     """New at every start of the trainer: leases of another one are void, and their numbers may come again."""
 
 

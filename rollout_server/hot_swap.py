@@ -15,7 +15,7 @@ from pathlib import Path
 
 from asyncppo import weights
 from asyncppo.errors import EngineError, WeightsError
-from asyncppo.messages import Swapped, SwapFailed, WeightsReady
+from asyncppo.messages import SwapFailed, Swapped, WeightsReady
 from rollout_server.engine import UNLOADED, Engine
 
 log = logging.getLogger("rollout_server.hot_swap")

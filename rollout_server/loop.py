@@ -5,7 +5,7 @@
     hello           -                           Hello, until Welcome                a reason to say it
     a lease's task  one Lease                   one Group, or Failed                weights, engine, grading workers
     swapping        announced WeightsReady      Swapped, SwapFailed                 an announcement
-    engine watch    the engine's health         a restarted engine                  Welcome; then its interval, a suspicion
+    engine watch    the engine's health         a restarted engine                  Welcome; its interval, a suspicion
     heartbeats      the counts                  Status; groups again; a new Hello   its interval
 
 All of them share one event loop and one `asyncio.TaskGroup`: the first that fails ends the server with its error. A
@@ -18,8 +18,9 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Coroutine
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 
@@ -56,9 +57,11 @@ MISSED_PULSES = 10
 """Heartbeats without a message from the trainer after which the server says Hello again."""
 _ATTEMPTS = 2
 """Generations tried for one lease: the second after the engine has been looked at, and restarted if need be."""
+_RESTARTS_IN_A_ROW = 3
+"""Restarts of the engine without a completed generation in between; one more ends the server."""
 _GOODBYE_S = 1.0
 
-T = TypeVar("T")
+State = Literal["starting", "generating", "waiting for leases", "swapping", "engine down", "stopping"]
 
 
 class RolloutServer:
@@ -106,6 +109,7 @@ class RolloutServer:
         self._welcomed = asyncio.Event()
         self._hello_wanted = asyncio.Event()
         self._hello_wanted.set()
+        self._engine_started = asyncio.Event()
         self._serving = asyncio.Event()  # the engine lives and has published weights
         self._suspicion = asyncio.Event()  # somebody saw the engine fail
         self._looked_at = asyncio.Condition()  # the engine's watch has looked at it
@@ -117,8 +121,8 @@ class RolloutServer:
         self._generating = 0
         self._idle_since: float | None = None
         self._idle_s = 0.0
-        self._engine_started = False
-        self._responses = self._tokens = self._reward_errors = self._restarts = self.malformed = 0
+        self._responses = self._tokens = self._reward_errors = 0
+        self._restarts = self._restarts_in_a_row = self._looks = self.malformed = 0
 
     async def run(self) -> None:
         """Serve until `stop`, the trainer's Stop, or the first failure. Then, in this order: end the leases' tasks and
@@ -176,29 +180,324 @@ class RolloutServer:
         """Says Hello until it is answered, at the start and whenever `_say_hello_again` asks for it.
 
         consumes    -
-        produces    Hello
-        waits for   a reason (without limit); then Welcome, at most `rollout.connect_timeout_s`
+        produces    Hello, every heartbeat
+        waits for   a reason, without limit; then Welcome, at most `rollout.connect_timeout_s`
         """
+        limit = self._config.rollout.connect_timeout_s
         while True:
             await self._hello_wanted.wait()
-            limit = self._config.rollout.connect_timeout_s
+            self._hello_wanted.clear()
             try:
                 async with asyncio.timeout(limit):
-                    while not await self._welcome_within(self._heartbeat_s):
+                    while not self._welcomed.is_set():
                         await self._link.send(self._hello)
+                        await _wait(self._welcomed, self._heartbeat_s)
             except TimeoutError:
                 raise UserError(
-                    f"no trainer answered within {limit:g} s (rollout.connect_timeout_s): is one running, and listening "
-                    "on the address that this server was given (--trainer)?"
+                    f"no trainer answered within {limit:g} s (rollout.connect_timeout_s): is one running, and does it "
+                    "listen on the address that this server was given (--trainer)?"
                 ) from None
-            self._hello_wanted.clear()
 
-    async def _welcome_within(self, seconds: float) -> bool:
-        """Whether the server is welcome; waits for it only after the first Hello has been sent."""
-        if not self._welcomed.is_set() and self._hello_sent():
-            await _within(seconds, self._welcomed.wait())
-        return self._welcomed.is_set()
+    def _say_hello_again(self, why: str) -> None:
+        if self._welcomed.is_set():
+            log.warning("saying Hello again: %s", why)
+            self._welcomed.clear()
+            self._hello_wanted.set()
 
-    def _hello_sent(self) -> bool:
-        sent, self._sent_hello = getattr(self, "_sent_hello", False), True
-        return sent
+    async def _receiving(self) -> None:
+        """Does what the trainer says.
+
+        consumes    every message of the trainer
+        produces    leases' tasks, announcements of weights, acknowledged groups
+        waits for   the link, without limit; silence is noticed by the heartbeats
+        """
+        while True:
+            try:
+                message = await self._link.receive()
+            except MessageError as error:
+                self.malformed += 1
+                log.warning("dropped: a message of the trainer %s (%d so far)", error, self.malformed)
+                continue
+            self._last_heard = time.monotonic()
+            await self._receive(message)
+
+    async def _receive(self, message: Message) -> None:
+        match message:
+            case Welcome():
+                await self._receive_welcome(message)
+            case Lease():
+                self._receive_lease(message)
+            case Ack():
+                self._forget([message.lease])
+            case Cancel():
+                self._forget(message.leases)
+            case WeightsReady():
+                self._swap.announce(message)
+            case Pulse():
+                if message.policy_version != self._swap.announced_version:
+                    # It was announced before this pulse was sent, so the announcement was lost.
+                    self._say_hello_again(f"version {message.policy_version} is out, and was never announced here")
+            case Unknown():
+                if self._welcomed.is_set():
+                    self._void_leases()
+                    self._say_hello_again("the trainer does not know this server")
+            case Refused():
+                raise RefusedError(f"the trainer refused this server: {message.reason}")
+            case Stop():
+                self.stop(f"the trainer says: {message.reason}")
+            case _:
+                log.warning("ignored: %s", type(message).__name__)
+
+    async def _receive_welcome(self, welcome: Welcome) -> None:
+        if self._trainer not in (None, welcome.trainer):
+            self._void_leases()
+        self._trainer, self._heartbeat_s = welcome.trainer, welcome.heartbeat_s
+        if not self._welcomed.is_set():
+            self._welcomed.set()
+            log.info("welcome in run %s; %d unacknowledged groups", welcome.run, len(self._outbox))
+            await self._send_again(older_than_s=0.0)
+
+    def _receive_lease(self, lease: Lease) -> None:
+        if lease.lease in self._leases:
+            log.warning("lease %d came twice: ignored", lease.lease)
+            return
+        self._outbox.pop(lease.lease, None)  # its number has come again: that group is no longer wanted
+        self._leases[lease.lease] = self._tasks.create_task(self._answer(lease), name=f"lease {lease.lease}")
+
+    def _forget(self, leases: Iterable[int]) -> None:
+        for lease in leases:
+            self._outbox.pop(lease, None)
+            task = self._leases.pop(lease, None)
+            if task is not None:
+                task.cancel()
+
+    def _void_leases(self) -> None:
+        """A trainer that does not know this server waits for none of its leases, and may use their numbers again."""
+        if self._leases:
+            log.warning("%d leases in progress are void", len(self._leases))
+        self._forget(list(self._leases))
+
+    async def _send_again(self, older_than_s: float) -> None:
+        limit = time.monotonic() - older_than_s
+        for lease, (sent, group) in list(self._outbox.items()):
+            if sent <= limit and lease in self._outbox:
+                self._outbox[lease] = (time.monotonic(), group)
+                await self._link.send(group)
+
+    async def _heartbeats(self) -> None:
+        """Tells the trainer that this server lives, and notices when the trainer no longer does.
+
+        consumes    the counts
+        produces    Status; groups that stay unacknowledged, again; a new Hello after `MISSED_PULSES` silent intervals
+        waits for   its interval, the trainer's `stream.heartbeat_s`
+        """
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            if not self._welcomed.is_set():
+                continue
+            patience = MISSED_PULSES * self._heartbeat_s
+            if time.monotonic() - self._last_heard > patience:
+                self._say_hello_again(f"nothing heard of the trainer for {patience:g} s")
+                continue
+            await self._link.send(self.status())
+            await self._send_again(older_than_s=patience)
+
+    def status(self) -> Status:
+        """What this server does now."""
+        self._note_idle()
+        return Status(
+            policy_version=self._engine.policy_version,
+            groups_in_flight=len(self._leases),
+            unacknowledged=len(self._outbox),
+            responses=self._responses,
+            tokens=self._tokens,
+            idle_s=self._idle_s,
+            reward_errors=self._reward_errors,
+            engine_restarts=self._restarts,
+            state=self._state(),
+        )
+
+    def _state(self) -> State:
+        if self._stopping.is_set():
+            return "stopping"
+        if not self._serving.is_set():
+            return "engine down" if self._restarts else "starting"
+        if self._swap.swapping:
+            return "swapping"
+        return "generating" if self._generating else "waiting for leases"
+
+    def _note_idle(self) -> None:
+        """Call when `_serving` or `_generating` has changed, and before `_idle_s` is read."""
+        now = time.monotonic()
+        if self._idle_since is not None:
+            self._idle_s += now - self._idle_since
+        self._idle_since = now if self._serving.is_set() and not self._generating else None
+
+    # --- leases ------------------------------------------------------------------------------------------------------
+
+    async def _answer(self, lease: Lease) -> None:
+        """One lease, from its prompt to its group.
+
+        consumes    the Lease
+        produces    its Group, kept in the outbox until Ack; or Failed
+        waits for   an engine with weights, the generation, the grading: each with its own limit
+        """
+        try:
+            responses, generate_s = await self._generate(lease)
+            started = time.monotonic()
+            grades = await self._grader.grade([response.text for response in responses], lease.answer)
+            group = make_group(lease, responses, grades, generate_s, time.monotonic() - started)
+        except EngineError as error:
+            log.warning("lease %d failed: %s", lease.lease, error)
+            await self._link.send(Failed(lease=lease.lease, reason=str(error)))
+            return
+        finally:
+            if self._leases.get(lease.lease) is asyncio.current_task():
+                del self._leases[lease.lease]
+        self._responses += len(responses)
+        self._tokens += int(group.response_ids.size)
+        self._reward_errors += int(group.reward_errors.sum())
+        self._outbox[lease.lease] = (time.monotonic(), group)
+        if self._welcomed.is_set():
+            await self._link.send(group)
+
+    async def _generate(self, lease: Lease) -> tuple[list[Response], float]:
+        """The responses and the seconds they took; after a failure tried again, once the engine was looked at."""
+        if lease.group_size < 1:
+            raise EngineError(f"a lease of {lease.group_size} responses: expected at least 1")
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            await self._engine_with_weights()
+            started = time.monotonic()
+            try:
+                with self._busy():
+                    responses = await self._engine.generate(lease.prompt_ids, lease.group_size, self._config.sampling)
+            except EngineError as error:
+                if not attempts_left:
+                    raise
+                log.warning("lease %d is tried again: %s", lease.lease, error)
+                await self._engine_looked_at()
+            else:
+                self._restarts_in_a_row = 0
+                return responses, time.monotonic() - started
+        raise AssertionError("unreachable")
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._generating += 1
+        self._note_idle()
+        try:
+            yield
+        finally:
+            self._generating -= 1
+            self._note_idle()
+
+    async def _engine_with_weights(self) -> None:
+        if not await _wait(self._serving, self._recovery_s):
+            raise EngineError(f"waited {self._recovery_s:g} s for the engine to have published weights")
+
+    async def _engine_looked_at(self) -> None:
+        looks = self._looks
+        self._suspicion.set()
+        try:
+            async with asyncio.timeout(self._recovery_s), self._looked_at:
+                await self._looked_at.wait_for(lambda: self._looks > looks)
+        except TimeoutError:
+            raise EngineError(f"waited {self._recovery_s:g} s for the engine to recover") from None
+
+    @property
+    def _recovery_s(self) -> float:
+        """An engine is restarted and has weights again within this time."""
+        return self._config.rollout.start_timeout_s + self._config.rollout.swap_timeout_s
+
+    # --- the engine --------------------------------------------------------------------------------------------------
+
+    async def _swapping(self) -> None:
+        """Gives the engine the weights that are announced.
+
+        consumes    announcements, by way of `HotSwap`
+        produces    Swapped or SwapFailed; an engine that may serve
+        waits for   the engine's start, then an announcement, both without limit; each phase: `rollout.swap_timeout_s`
+        """
+        await self._engine_started.wait()
+        while True:
+            outcome = await self._swap.next()
+            if isinstance(outcome, Swapped):
+                self._serving.set()
+                self._note_idle()
+                log.info(
+                    "version %d serves: verify %.3f s, pause %.3f s, load %.3f s, resume %.3f s",
+                    outcome.policy_version,
+                    outcome.verify_s,
+                    outcome.pause_s,
+                    outcome.load_s,
+                    outcome.resume_s,
+                )
+            else:
+                self._suspicion.set()
+                log.warning("version %d was not loaded: %s", outcome.policy_version, outcome.reason)
+            await self._link.send(outcome)
+
+    async def _watching_engine(self) -> None:
+        """Starts the engine once the trainer has said Welcome, and restarts it when it fails.
+
+        consumes    the engine's health, and the suspicion of those who saw it fail
+        produces    an engine that lives; `HotSwap` gives it its weights back
+        waits for   Welcome, as long as `_saying_hello` does; then an interval or a suspicion
+        """
+        await self._welcomed.wait()
+        await self._engine.start()
+        self._engine_started.set()
+        while True:
+            await _wait(self._suspicion, self._heartbeat_s)
+            self._suspicion.clear()
+            async with self._swap.engine_lock:
+                if not await self._engine.healthy():
+                    await self._restart_engine()
+            async with self._looked_at:
+                self._looks += 1
+                self._looked_at.notify_all()
+
+    async def _restart_engine(self) -> None:
+        self._serving.clear()
+        self._note_idle()
+        self._restarts += 1
+        self._restarts_in_a_row += 1
+        if self._restarts_in_a_row > _RESTARTS_IN_A_ROW:
+            raise EngineError(
+                f"{self._engine.description} failed {self._restarts_in_a_row} times and answered nothing in between: "
+                "its log says why"
+            )
+        log.warning("the engine is down: restarting it (%d so far)", self._restarts)
+        await self._engine.restart()
+        self._swap.engine_restarted()
+
+
+def make_group(
+    lease: Lease, responses: Sequence[Response], grades: Sequence[Grade], generate_s: float, grade_s: float
+) -> Group:
+    """The message for one lease's responses and their grades."""
+    spans = [span for response in responses for span in response.spans]
+    return Group(
+        lease=lease.lease,
+        response_ids=np.concatenate([response.ids for response in responses]).astype(np.int32),
+        lengths=np.array([response.ids.size for response in responses], np.int32),
+        behaviour_logprobs=np.concatenate([response.logprobs for response in responses]).astype(np.float32),
+        span_versions=np.array([version for version, _ in spans], np.int32),
+        span_lengths=np.array([tokens for _, tokens in spans], np.int32),
+        span_counts=np.array([len(response.spans) for response in responses], np.int32),
+        rewards=np.array([grade.reward for grade in grades], np.float32),
+        truncated=np.array([response.truncated for response in responses], np.uint8),
+        reward_errors=np.array([grade.error for grade in grades], np.uint8),
+        generate_s=generate_s,
+        grade_s=grade_s,
+    )
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event, for so long at most; whether it is set."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass
+    return event.is_set()

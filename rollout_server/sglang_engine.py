@@ -7,6 +7,7 @@ inside the child is `sglang_process`, the only importer of sglang.
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import logging
 import os
@@ -230,7 +231,7 @@ class SGLangEngine:
 
     @property
     def description(self) -> str:
-        return f"sglang at {self._url}" if self._attached else f"sglang ({self._device})"
+        return f"sglang at {self._url}" if self._attached else f"sglang {_sglang_version()} ({self._device})"
 
     @property
     def policy_version(self) -> int:
@@ -443,6 +444,13 @@ class SGLangEngine:
             text = content[:1000].decode(errors="replace")
             raise EngineError(f"SGLang answered {path} with HTTP {reply.status}: {text}")
         return content
+
+
+def _sglang_version() -> str:
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _vocabulary_size(model: str) -> int:

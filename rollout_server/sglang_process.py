@@ -11,6 +11,7 @@ in each of them, so what has to happen before `import sglang` stands at module l
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import os
 import signal
@@ -52,8 +53,7 @@ def install_cpu_shims() -> object:
 
     torchvision's wheel is a CUDA build whose operators do not load: with these two schemas it imports all the same.
     """
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -102,7 +102,7 @@ class Feed:
     def ledger_state(self) -> LedgerState:
         """For a checkpoint; above rank 0 nobody looks at it."""
         if self._intake is None:
-            return LedgerState(next_position=0, unconsumed=[], admitted=0, consumed=0, dropped={}, next_lease=0)
+            return LedgerState(next_position=0, unconsumed=[], admitted=0, consumed=0, dropped={})
         return self._intake.state()
 
     @property

@@ -48,7 +48,7 @@ from transformers.utils.logging import disable_progress_bar
 from asyncppo import tiny_task
 from asyncppo.errors import AsyncPPOError, ModelError, UserError
 
-console = Console()
+console = Console(highlight=False)
 
 # ---- the recipe ----
 
@@ -535,7 +535,9 @@ def make_base(directory: Path, *, seed: int = 0, quick: bool = False) -> None:
     wanted = recipe_hash(seed, quick)
     if directory.exists() and any(directory.iterdir()):
         if _recipe_of(directory) == wanted:
-            console.print(f"{directory}: the base models of recipe {wanted} are there already, reusing them")
+            console.print(
+                f"{directory}: the base models of recipe {wanted} are there already, reusing them", soft_wrap=True
+            )
             return
         console.print(f"{directory}: was made by another recipe, making it anew")
     started = time.monotonic()

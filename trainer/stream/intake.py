@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ class Intake:
         self._hub = hub
         self._identity = identity
         self._journal = journal
+        self._incarnation = uuid.uuid4().hex
         self._batch = config.stream.prompts_per_batch
         self._ledger = Ledger(prompts, config.stream.max_staleness)
         self._buffer = Buffer(config.stream.max_staleness, self._batch)
@@ -348,7 +350,14 @@ class Intake:
             self._journal.event("server_joined", server=hello.server, engine=hello.engine, capacity=hello.capacity)
         self._peers[identity].last_seen = now
         self._outbox.append(
-            (identity, Welcome(run=self._config.run.name, heartbeat_s=self._config.stream.heartbeat_s))
+            (
+                identity,
+                Welcome(
+                    run=self._config.run.name,
+                    trainer=self._incarnation,
+                    heartbeat_s=self._config.stream.heartbeat_s,
+                ),
+            )
         )
         if self._weights is not None:
             self._outbox.append((identity, self._weights))
@@ -411,7 +420,10 @@ class Intake:
 
     def _training_lease(self, peer: Peer, now: float) -> Lease | None:
         wanted = self._config.run.steps * self._batch
-        if self._ledger.consumed + self._ledger.unconsumed >= wanted or not may_admit(
+        ready = self._config.stream.ready_batches * self._batch
+        if self._ledger.consumed + self._ledger.unconsumed >= wanted or len(self._buffer) >= ready:
+            return None
+        if not may_admit(
             self._ledger.due,
             oldest_version=peer.policy_version,
             max_staleness=self._config.stream.max_staleness,

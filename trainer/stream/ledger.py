@@ -7,6 +7,7 @@ At all times: admitted = in flight + buffered + consumed + dropped.
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -42,7 +43,6 @@ class LedgerState(msgspec.Struct, frozen=True, kw_only=True):
     admitted: int
     consumed: int
     dropped: dict[str, int]
-    next_lease: int
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Ledger:
     buffered: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     """By reason."""
-    next_lease: int = 0
+    _next_lease: int = field(default_factory=lambda: secrets.randbits(30) << 32)
     _next_position: int = 0
     _fresh: Iterator[tuple[int, Prompt]] | None = None
     _again: deque[tuple[int, int, Prompt]] = field(default_factory=deque)
@@ -76,9 +76,9 @@ class Ledger:
         return len(self.records)
 
     def lease_number(self) -> int:
-        """A number that no other lease of this run has."""
-        self.next_lease += 1
-        return self.next_lease
+        """A number that no other lease has, of an earlier process of this run neither: its groups may still come."""
+        self._next_lease += 1
+        return self._next_lease
 
     def lease(self, peer: bytes, oldest_version: int, now: float) -> LeaseRecord:
         """Admit the next prompt: one that has to be leased again first, else the next of the sequence."""
@@ -146,12 +146,11 @@ class Ledger:
             admitted=self.consumed + sum(self.dropped.values()),
             consumed=self.consumed,
             dropped=dict(self.dropped),
-            next_lease=self.next_lease,
         )
 
     def restore(self, state: LedgerState) -> None:
         """Go on from a checkpoint: what was in flight or buffered is leased again first."""
-        self._next_position, self.next_lease = state.next_position, state.next_lease
+        self._next_position = state.next_position
         self.admitted, self.consumed, self.dropped = state.admitted, state.consumed, Counter(state.dropped)
         for position in state.unconsumed:
             epoch, prompt = next(self.prompts.after(position))
