@@ -447,7 +447,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: str, tree: dict[str, Any]) -> str:
-    """Turn msgspec's words into ours: the dotted key first, the nearest known key for an unknown one, what came last."""
+    """Turn msgspec's words into ours: the dotted key first, the nearest known key for an unknown one, what came."""
     text, _, where = error.partition(" - at `")
     path = where.rstrip("`").removeprefix("$").lstrip(".")
     unknown = re.search(r"unknown field `(.*?)`", text)

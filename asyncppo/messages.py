@@ -22,7 +22,7 @@ PROTOCOL = 1
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_FRAMES = 32
-_DTYPES = frozenset({"int32", "int64", "uint8", "float32"})
+_DTYPES = frozenset(map(np.dtype, ("int32", "int64", "uint8", "float32")))
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -117,6 +117,8 @@ class Group(Message, frozen=True, kw_only=True):
         rising[starts[1:] - 1] = True
         if not rising.all() or (self.span_versions < 0).any():
             raise MessageError(f"group of lease {self.lease}: version spans fall within a response")
+        if (self.response_ids < 0).any() or (self.truncated > 1).any() or (self.reward_errors > 1).any():
+            raise MessageError(f"group of lease {self.lease}: token ids, or flags, are out of range")
         if not (np.isfinite(self.behaviour_logprobs).all() and np.isfinite(self.rewards).all()):
             raise MessageError(f"group of lease {self.lease}: a log-prob or a reward is not finite")
 
@@ -310,6 +312,7 @@ class Codec:
     def __init__(self, receives: Any, max_bytes: int = 512 << 20) -> None:
         self._max_bytes = max_bytes
         self._frames: Sequence[Any] = ()
+        self._used: set[int] = set()
         self._arrays: list[Any] = []
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._take_array)
         self._decoder = msgspec.msgpack.Decoder(receives, dec_hook=self._give_array)
@@ -325,7 +328,7 @@ class Codec:
 
         Raises:
             MessageError: too many or too large frames, a header that is no known message, an array that is not what
-                its header says.
+                its header says, a frame that is not exactly one array's.
         """
         if not 1 <= len(frames) <= MAX_FRAMES:
             raise MessageError(f"expected 1 to {MAX_FRAMES} frames, got {len(frames)}")
@@ -335,8 +338,12 @@ class Codec:
                 f"header of {len(frames[0])} bytes, {total} bytes in all; at most {MAX_HEADER_BYTES} and {self._max_bytes}"
             )
         self._frames = frames
+        self._used.clear()
         try:
-            return self._decoder.decode(frames[0])
+            message = self._decoder.decode(frames[0])
+            if len(self._used) != len(frames) - 1:
+                raise ValueError(f"{len(frames)} frames, {len(self._used)} arrays")
+            return message
         except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
             raise MessageError(f"does not decode: {error}") from None
         finally:
@@ -345,7 +352,7 @@ class Codec:
     def _take_array(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             raise NotImplementedError(f"cannot encode {type(value).__name__}")
-        if value.dtype.name not in _DTYPES:
+        if value.dtype not in _DTYPES:
             raise NotImplementedError(f"cannot encode an array of {value.dtype}")
         self._arrays.append(np.ascontiguousarray(value).data.cast("B") if value.size else b"")
         return ArrayRef(value.dtype.name, value.shape, len(self._arrays))
@@ -357,7 +364,10 @@ class Codec:
             raise ValueError(f"array of {ref.dtype}, expected {wanted}")
         if not 1 <= ref.frame < len(self._frames) or len(ref.shape) != 1 or ref.shape[0] < 0:
             raise ValueError("array without its frame, or with a shape that is not one number")
-        data = memoryview(self._frames[ref.frame])
+        if ref.frame in self._used:
+            raise ValueError(f"frame {ref.frame} is two arrays")
+        self._used.add(ref.frame)
+        data = memoryview(self._frames[ref.frame]).toreadonly()
         if data.nbytes != math.prod(ref.shape) * np.dtype(wanted).itemsize:
             raise ValueError(f"array of shape {ref.shape} in a frame of {data.nbytes} bytes")
         return np.frombuffer(data, dtype=wanted)

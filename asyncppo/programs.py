@@ -98,7 +98,7 @@ class Programs:
     """The children of this process; leaving the `with` block ends whatever is left of them, grandchildren included.
 
     Orphaned descendants come back to this process (Linux's child subreaper), which ends them too; and when this process
-    is killed, the kernel sends its children SIGTERM. Must be used in the main thread, which lives as long as the process.
+    is killed, the kernel sends its children SIGTERM. To be used in the main thread, which lives as long as the process.
     """
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class Programs:
         return self.running()
 
     def end(self, limit_s: float) -> list[str]:
-        """SIGTERM to all of them and their descendants, SIGKILL after the limit; returns the names that needed force."""
+        """SIGTERM to them and all their descendants, SIGKILL after the limit; returns the names that needed force."""
         running = self.running()
         killed = end([program.process for program in running], limit_s)
         orphans = psutil.Process().children(recursive=True)

@@ -18,8 +18,10 @@ because the batches at v, v+1, …, d hold (d − v + 1)·B groups, and taking t
 - *Taking a batch*: the earliest due first among those that have arrived; but if the groups that stay behind would then
   break (1) at v + 1, the trainer waits for the slow ones that are due instead. So a slow prompt is never overtaken
   until it is too old, nothing is dropped in a steady run, and answers that take long are not lost for being long.
-- *The guard*: whatever became too old all the same (a lease that expired, a server that never swapped) is dropped
-  whole and its prompt leased again. A batch never holds a group of staleness > η.
+- *The guard*: whatever became too old all the same (a lease that expired, an engine that fell back to a version older
+  than the lease's) is dropped whole and its prompt leased again. A batch never holds a group of staleness > η. Such
+  groups may break (1) beyond repair: those due before v, which can be in no batch any more, are left out of the sums,
+  and the trainer waits only for a group in flight that is due before one that it would take.
 
 Worked example: B = 2, η = 1, v = v₀ = 0. Admission grants 4 leases, all due at version 1: due(1) = 4 ≤ 2·2, a fifth
 would break it. Three groups arrive, the fourth is slow. The batch at v = 0 takes two; left are one buffered and one in
@@ -57,13 +59,18 @@ def in_time(due: Mapping[int, int], *, version: int, batch: int) -> bool:
 
 def may_admit(due: Mapping[int, int], *, oldest_version: int, max_staleness: int, version: int, batch: int) -> bool:
     """Whether one more prompt may be leased to a server that serves `oldest_version`."""
-    with_it = Counter(due)
+    with_it = _possible(due, version)
     with_it[oldest_version + max_staleness] += 1
     return in_time(with_it, version=version, batch=batch)
 
 
 def may_take(due: Mapping[int, int], taken: Iterable[int], *, version: int, batch: int) -> bool:
     """Whether the groups that stay behind can still be consumed in time when those due at `taken` go into this batch."""
-    left = Counter(due)
+    left = _possible(due, version)
     left.subtract(taken)
     return in_time(left, version=version + 1, batch=batch)
+
+
+def _possible(due: Mapping[int, int], version: int) -> Counter[int]:
+    """Without those that no batch may hold any more: nothing waits for them."""
+    return Counter({deadline: count for deadline, count in due.items() if deadline >= version})

@@ -38,12 +38,12 @@ publish: {{directory: {directory}/weights}}
 """
 
 
-def make_model(directory: Path, *, seed: int = 0, tied: bool = True) -> Path:
-    """A random Qwen3 of 20,000 weights with its tokenizer, as a Hugging Face directory."""
+def make_model(directory: Path, *, seed: int = 0, hidden: int = 32, tied: bool = True) -> Path:
+    """A random Qwen3 of some 30,000 weights with its tokenizer, as a Hugging Face directory."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
-        hidden_size=32,
+        hidden_size=hidden,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,

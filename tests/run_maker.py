@@ -165,9 +165,7 @@ def write_config(directory: Path, steps: int) -> None:
     (directory / "config.yaml").write_text(text)
 
 
-def write_run(
-    directory: Path, steps: int = 40, before: float = 0.25, after: float = 0.75, **changes: Any
-) -> Path:
+def write_run(directory: Path, steps: int = 40, before: float = 0.25, after: float = 0.75, **changes: Any) -> Path:
     """A finished run; `changes` are put into every row. Returns the directory."""
     write_config(directory, steps)
     append(directory / "events.jsonl", events(steps, before, after))

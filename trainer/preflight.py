@@ -10,13 +10,12 @@ from urllib.parse import urlsplit
 
 import torch
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from asyncppo.config import Config
 from asyncppo.errors import AddressError, ConfigError, ModelError
 from asyncppo.fingerprints import model_fingerprint, tokenizer_fingerprint
 from asyncppo.transport.zmq import check_address
-from trainer.model.networks import check_causal_lm
+from trainer.model.networks import check_causal_lm, check_critic
 from trainer.stream.intake import Identity
 from trainer.stream.prompts import Prompt, Tokenize, load_prompts
 
@@ -77,16 +76,17 @@ def check_devices(config: Config) -> None:
 
 
 def check_models(config: Config) -> None:
-    """The actor is a causal language model, and the critics read the same tokens.
+    """The actor is a causal language model, and the critics can be made from theirs and read the same tokens.
 
     Raises:
         ModelError: missing, of another kind, or with another tokenizer.
     """
-    transformers_logging.set_verbosity_error()  # the new head of a critic is not a warning here
-    actor = check_causal_lm(config.actor.path)
-    if config.algorithm.critics == 0 or config.critic_path == config.actor.path:
+    check_causal_lm(config.actor.path)
+    if config.algorithm.critics == 0:
         return
-    critic = check_causal_lm(config.critic_path)
+    critic = check_critic(config.critic_path)
+    if config.critic_path == config.actor.path:
+        return
     ours, theirs = _tokenizer(config.actor.path).get_vocab(), _tokenizer(config.critic_path).get_vocab()
     if ours != theirs:
         word = next(word for word in sorted({*ours, *theirs}) if ours.get(word) != theirs.get(word))
@@ -94,9 +94,9 @@ def check_models(config: Config) -> None:
             f"{config.critic_path}: the critic's tokenizer differs from that of the actor {config.actor.path} (first at "
             f"{word!r}: {theirs.get(word)} and {ours.get(word)}): a critic must read the actor's tokens"
         )
-    if critic.get_text_config().vocab_size < len(ours):
-        raise ModelError(f"{config.critic_path}: has {critic.vocab_size} embeddings for {len(ours)} tokens")
-    del actor
+    embeddings = critic.get_text_config().vocab_size
+    if embeddings < len(ours):
+        raise ModelError(f"{config.critic_path}: has {embeddings} embeddings for {len(ours)} tokens")
 
 
 def load_data(config: Config) -> Data:

@@ -27,7 +27,8 @@ log = logging.getLogger("asyncppo.trainer")
 def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callable[[], bool]) -> int:
     """One rank of the learner, to the end of the run; returns the exit code.
 
-    It ends in this order: the critics, the rollout servers (Stop), published versions, the process group.
+    It ends in this order: the critics, the stream, published versions, the process group. Rollout servers are told to
+    stop only when the run is complete: otherwise they wait for the trainer to come back (rollout.connect_timeout_s).
     """
     data = preflight.load_data(config)
     world = World()
@@ -40,7 +41,7 @@ def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callab
         intake = Intake(config, hub, prompts, preflight.identity(config), journal)
         critics = Critics(config, [ZmqChannel(address, ToLearner, bind=False) for address in critic_addresses])
         log.info("listening for rollout servers on %s", hub.address)
-    reason = "the trainer failed"
+    reason, complete = "the trainer failed", False
     try:
         policy = Policy(config, world)
         resumed = Checkpoints(config).latest()
@@ -61,7 +62,8 @@ def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callab
         if journal:
             journal.event("start", version=version, resumed=bool(resumed))
         reached = Learner(config, world, feed, policy, critics, publisher, journal).run(version)
-        reason = "the run is complete" if reached == config.run.steps else "the trainer was stopped"
+        complete = reached == config.run.steps
+        reason = "the run is complete" if complete else "the trainer was stopped"
         if journal:
             journal.event("end", version=reached, reason=reason)
         return 0
@@ -69,7 +71,7 @@ def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callab
         if critics:
             critics.stop(reason)
         if intake:
-            intake.close(reason)
+            intake.close(reason if complete else None)
         if publisher:
             publisher.close()
         if journal:

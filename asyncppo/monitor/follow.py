@@ -191,14 +191,13 @@ class Run:
             if self.config and self.config.eval.at_end and len(done) < len(sets):
                 return Phase(f"version {self.step} answers the held-out problems of {sets[len(done)]}", at)
             return Phase("the trainer saves and exports the actor", float(done[-1]["time"]) if done else at)
-        waits = [] if self.started else ["the trainer is loading its models"]
+        if self.started is None:
+            return Phase("the trainer is loading its models", first)
         if self.joined is None:
-            waits.append("SGLang is starting")
-        if waits:
-            return Phase(" and ".join(waits), first)
-        ready = max(self.started or first, self.joined or first)
+            return Phase("waiting for a rollout server to join", self.started)
+        ready = max(self.started, self.joined)
         if self.swapped is None:
-            return Phase("the rollout server loads version 0", ready)
+            return Phase("SGLang is starting", ready)
         done = [event for event in self.evals if event["policy_version"] == 0]
         since = max([ready, self.swapped, *(float(event["time"]) for event in done)])
         if self.config and self.config.eval.at_start and len(done) < len(sets):

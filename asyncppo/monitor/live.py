@@ -1,8 +1,8 @@
 """The live view of a run: a panel that fits 80 columns in a terminal, one readable line a step anywhere else.
 
-    consumes      a run's metrics.jsonl and events.jsonl (`follow.Run`)
-    waits for     nothing: it looks four times a second
-    unblocked by  the run's end, or the one who watches
+consumes      a run's metrics.jsonl and events.jsonl (`follow.Run`)
+waits for     nothing: it looks four times a second
+unblocked by  the run's end, or the one who watches
 """
 
 from __future__ import annotations
@@ -196,7 +196,14 @@ def panel(run: Run, now: float, notes: Sequence[str] = ()) -> RenderableType:
             body.append(Text(f"No news for {duration(silence)}: see {run.directory / 'logs'}", style="bold red"))
     elif run.evals:
         body.append(Text(_evals(run)))
-    return Panel(Group(*body), title=f"[bold]AsyncPPO[/] {run.name}", title_align="left", border_style="blue", width=_WIDTH, expand=False)
+    return Panel(
+        Group(*body),
+        title=f"[bold]AsyncPPO[/] {run.name}",
+        title_align="left",
+        border_style="blue",
+        width=_WIDTH,
+        expand=False,
+    )
 
 
 def _progress(run: Run) -> RenderableType:
@@ -216,20 +223,23 @@ def _rows(run: Run) -> RenderableType:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     rewards = run.history("reward/mean")
-    table.add_row("reward", f"{_fixed(row, 'reward/mean')}  [green]{sparkline(rewards)}[/]  {_evals(run)}")
+    table.add_row("reward", f"{_fixed(row, 'reward/mean')}  [green]{sparkline(rewards)}[/]")
+    if run.evals:
+        table.add_row("held out", _evals(run))
     table.add_row("staleness", _staleness(run))
     if value(row, "value/explained_variance") is not None:
         quantiles = "  ".join(f"{name} {number(value(row, f'value/std_{name}'))}" for name in ("p10", "p50", "p90"))
+        table.add_row("critic std", quantiles)
         table.add_row(
-            "critics",
-            f"std {quantiles}  explained variance {_fixed(row, 'value/explained_variance', 2)}  "
-            f"correlation {_fixed(row, 'value/correlation', 2)}",
+            "values",
+            f"explained variance {_fixed(row, 'value/explained_variance', 2)}  "
+            f"correlation of the critics {_fixed(row, 'value/correlation', 2)}",
         )
     table.add_row(
         "policy",
         f"entropy {number(value(row, 'policy/entropy'))}  KL {number(value(row, 'policy/kl_behaviour'))}  "
         f"clipped {share(value(row, 'policy/clip_fraction'))}  "
-        f"log-prob gap {number(value(row, 'logprob_gap/mean'))}",
+        f"log-prob gap {number(run.recent('logprob_gap/mean'))}",
     )
     malformed = int(value(row, "stream/malformed") or 0)
     table.add_row(
@@ -251,7 +261,9 @@ def _rows(run: Run) -> RenderableType:
 def _staleness(run: Run) -> str:
     row = run.last or {}
     bound = f" of {run.config.stream.max_staleness}" if run.config else ""
-    words = f"{_count(row, 'staleness/min')}–{_count(row, 'staleness/max')}{bound}  mean {_fixed(row, 'staleness/mean', 1)}"
+    words = (
+        f"{_count(row, 'staleness/min')}–{_count(row, 'staleness/max')}{bound}  mean {_fixed(row, 'staleness/mean', 1)}"
+    )
     bins = [int(count) for count in row.get("staleness/histogram") or []]
     if not any(bins):
         return words

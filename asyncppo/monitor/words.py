@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -49,7 +50,7 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
         return ""
     if len(values) > width:
         edges = [round(i * len(values) / width) for i in range(width + 1)]
-        parts = [values[low:high] for low, high in zip(edges, edges[1:], strict=False)]
+        parts = [values[low:high] for low, high in pairwise(edges)]
         values = [sum(part) / len(part) for part in parts]
     low, high = min(values), max(values)
     if high == low:

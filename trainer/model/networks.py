@@ -20,7 +20,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from asyncppo.config import ModelConfig
@@ -42,11 +45,25 @@ def _segments(
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each packed sequence; [1, heads, l, dim] in, [1, l, heads, dim] out."""
+    """Causal attention within each packed sequence; [1, heads, l, dim] in, [1, l, heads, dim] out.
+
+    What some models add to attention and this does not is an error, never a wrong number.
+    """
     if cu_seq_lens_q is None:
         raise ValueError("packed attention needs the boundaries of the sequences (cu_seq_lens_q)")
+    if softcap is not None or s_aux is not None:
+        raise ValueError("attention with a soft cap or sinks is not supported by actor.attention=segments")
+    longest = int(cu_seq_lens_q.diff().max())
+    if sliding_window is not None and longest > sliding_window:
+        raise ValueError(
+            f"a sequence of {longest} tokens is longer than the model's sliding window of {sliding_window}: keep "
+            "prompts and responses below it, or use attention=flash_attention_2"
+        )
     bounds = cu_seq_lens_q.tolist()
     grouped = query.shape[1] != key.shape[1]
     parts = [
@@ -66,6 +83,7 @@ def _segments(
 
 AttentionInterface.register("segments", _segments)
 transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()  # a critic's new head is meant to be new
 
 
 def check_causal_lm(path: str) -> Any:
@@ -94,23 +112,55 @@ def check_causal_lm(path: str) -> Any:
     return config
 
 
-def _prepare(path: str, model: ModelConfig) -> tuple[Any, dict[str, Any]]:
+def check_critic(path: str) -> Any:
+    """The config of a causal language model that can be given a scalar head.
+
+    Raises:
+        ModelError: nothing there, another kind of model, or one that transformers has no such head for.
+    """
     config = check_causal_lm(path)
+    if config.model_type not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
+        raise ModelError(
+            f"{path}: cannot be a critic, because transformers has no token classification for {config.model_type}: "
+            "choose another critic.path"
+        )
+    return config
+
+
+def _load(kind: Any, path: str, model: ModelConfig, config: Any) -> tuple[Any, list[str]]:
+    """A model in training mode and the names of weights that its checkpoint lacks, which are drawn at random."""
     config.use_cache = False  # packed sequences leak into each other with a KV cache
-    config.classifier_dropout = 0.0  # transformers' default of 0.1 would make values random
-    attention = model.attention
-    return config, {"config": config, "dtype": getattr(torch, model.dtype), "attn_implementation": attention}
+    try:
+        network, report = kind.from_pretrained(
+            path,
+            config=config,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=model.attention,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{path}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    if model.gradient_checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return network, sorted(report["missing_keys"])
+
+
+def _refuse_random(path: str, names: list[str]) -> None:
+    if names:
+        raise ModelError(f"{path}: its weights lack {names[0]}" + f" and {len(names) - 1} more" * (len(names) > 1))
 
 
 class PolicyNet(nn.Module):
-    """A causal language model that gives log-probs and entropies of response tokens."""
+    """A causal language model that gives log-probs and entropies of response tokens.
+
+    Raises:
+        ModelError: the checkpoint is no causal language model, or its weights are missing.
+    """
 
     def __init__(self, path: str, model: ModelConfig) -> None:
         super().__init__()
-        _, arguments = _prepare(path, model)
-        self.hf = AutoModelForCausalLM.from_pretrained(path, **arguments)
-        if model.gradient_checkpointing:
-            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.hf, drawn = _load(AutoModelForCausalLM, path, model, check_causal_lm(path))
+        _refuse_random(path, drawn)
 
     def forward(self, packed: Packed, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of the response tokens, and entropies of their distributions, both [t] float32, in nats.
@@ -138,16 +188,20 @@ class PolicyNet(nn.Module):
 
 
 class ValueNet(nn.Module):
-    """Any checkpoint with a scalar head: the value of the state before each response token."""
+    """Any checkpoint with a scalar head: the value of the state before each response token.
+
+    Raises:
+        ModelError: the checkpoint cannot be given such a head, or its weights are missing.
+    """
 
     def __init__(self, path: str, model: ModelConfig, seed: int) -> None:
         super().__init__()
-        config, arguments = _prepare(path, model)
+        config = check_critic(path)
         config.num_labels = 1
+        config.classifier_dropout = 0.0  # transformers' default of 0.1 would make values random
         torch.manual_seed(seed)  # the new head is drawn from it: critics must not start equal
-        self.hf = AutoModelForTokenClassification.from_pretrained(path, **arguments)
-        if model.gradient_checkpointing:
-            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.hf, drawn = _load(AutoModelForTokenClassification, path, model, config)
+        _refuse_random(path, [name for name in drawn if name.startswith(f"{self.hf.base_model_prefix}.")])
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """Values, [t] float32."""

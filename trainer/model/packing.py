@@ -29,7 +29,7 @@ def plan(sequence_lengths: Int32, which: Indices, *, budget: int, ranks: int) ->
         because the collectives of ZeRO-2 and 3 are counted; some may be empty.
     """
     order = which[np.argsort(-sequence_lengths[which], kind="stable")]
-    total = int(sequence_lengths[which].sum())
+    total = int(np.minimum(sequence_lengths[which], budget).sum())  # a longer sequence fills one micro-batch
     rounds = max(1, -(-total // (budget * ranks)))
     while True:
         bins: list[list[int]] = [[] for _ in range(rounds * ranks)]

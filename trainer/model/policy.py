@@ -48,16 +48,18 @@ class Policy:
             use: which pass this is, from 0; with the seed and the version it orders the minibatches.
 
         Returns:
-            Sums over all tokens, as `algorithm.policy_loss` names them, with `grad_norm` and `learning_rate` of the
-            last step.
+            Sums over all tokens, as `algorithm.policy_loss` names them; of its two losses, which are means already, the
+            mean over the minibatches; with `grad_norm` and `learning_rate` of the last step.
         """
         rng = np.random.default_rng([self._config.run.seed, batch.version, use])
+        parts = minibatches(len(batch.sequence_lengths), self._config.actor.minibatches, rng)
         sums: Counter[str] = Counter()
         report = StepReport(0.0, 0.0)
-        for which in minibatches(len(batch.sequence_lengths), self._config.actor.minibatches, rng):
+        for which in parts:
             sums.update(self._accumulate(batch, which, proximal, targets))
             report = self._engine.step()
-        return {**sums, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
+        losses = {name: sums[name] / len(parts) for name in ("policy_loss", "entropy_bonus")}
+        return {**sums, **losses, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
 
     def _accumulate(self, batch: Batch, which: Indices, proximal: torch.Tensor, targets: Targets) -> dict[str, float]:
         """Add the gradient of one minibatch; its loss has the denominators of the whole minibatch on all ranks."""

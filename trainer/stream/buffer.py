@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,7 +60,10 @@ class Buffer:
         oldest_first = sorted(self._groups.values(), key=lambda group: (group.oldest_version, group.lease))
         chosen = oldest_first[: self._batch]
         deadlines = [group.oldest_version + self._max_staleness for group in chosen]
-        if not may_take(due, deadlines, version=version, batch=self._batch):
+        in_flight = Counter(due)
+        in_flight.subtract(group.oldest_version + self._max_staleness for group in self._groups.values())
+        worth_waiting = any(count and version <= deadline < max(deadlines) for deadline, count in in_flight.items())
+        if worth_waiting and not may_take(due, deadlines, version=version, batch=self._batch):
             return None
         for group in chosen:
             del self._groups[group.lease]

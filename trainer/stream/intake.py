@@ -252,11 +252,15 @@ class Intake:
         with self._changed:
             return min((peer.policy_version for peer in self._peers.values()), default=None)
 
-    def close(self, reason: str) -> None:
-        """Tell every server to stop, and end the thread."""
+    def close(self, stop_servers: str | None) -> None:
+        """End the thread.
+
+        Args:
+            stop_servers: why every server has to end too; None lets them live, to be found by the next trainer.
+        """
         with self._changed:
-            for peer in self._peers.values():
-                self._outbox.append((peer.identity, Stop(reason=reason)))
+            if stop_servers is not None:
+                self._outbox.extend((identity, Stop(reason=stop_servers)) for identity in self._peers)
             self._closing = True
         self._hub.wake()
         if self._thread.is_alive():

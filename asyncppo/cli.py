@@ -1,0 +1,154 @@
+"""`asyncppo`: the command over all programs. A command imports what it needs when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from asyncppo import __version__
+from asyncppo.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    help="AsyncPPO: asynchronous off-policy PPO for LLM reasoning, with AsyPPO's mini-critics.\n\n"
+    "New here? `scripts/demo.sh` makes everything it needs and trains a small model in a few minutes.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+config_app = typer.Typer(help="Look at a config before anything is started.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="A YAML file, such as configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")
+]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, such as runs/demo.")]
+
+
+def main() -> None:
+    """The `asyncppo` command; what was given and cannot work is one line on stderr, and exit code 2."""
+    try:
+        app(prog_name="asyncppo")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@config_app.command("check", epilog="Example: `asyncppo config check configs/demo.yaml --set algorithm.utd=2`")
+def config_check(file: ConfigFile, overrides: Overrides = None) -> None:
+    """Say whether a config is good: exit code 0, or 2 and one line that says what is wrong and where."""
+    from asyncppo import config
+
+    loaded = config.load(file, overrides or [])
+    groups, size = loaded.stream.prompts_per_batch, loaded.sampling.group_size
+    print(f"{file}: good: {loaded.run.steps} steps of {groups} groups of {size} responses")
+
+
+@config_app.command("show", epilog="Example: `asyncppo config show configs/demo.yaml --set stream.max_staleness=2`")
+def config_show(file: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the whole config with every default, and the numbers that follow from it."""
+    from asyncppo import config
+
+    loaded = config.load(file, overrides or [])
+    print(config.dump(loaded).decode(), end="")
+    print("\n# what follows from it")
+    for name, number in loaded.derived().items():
+        print(f"# {name}: {number}")
+
+
+@config_app.command("docs", epilog="Example: `asyncppo config docs > docs/configuration.md`")
+def config_docs() -> None:
+    """Print the documentation of every key, in Markdown."""
+    from asyncppo import config
+
+    print(config.documentation())
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: `asyncppo launch trainer -- --config configs/demo.yaml`",
+)
+def launch(
+    context: typer.Context,
+    role: Annotated[str, typer.Argument(metavar="trainer|rollout", help="Which program.")],
+) -> None:
+    """Become the trainer or a rollout server, in the environment that it needs.
+
+    The interpreter is `ASYNCPPO_TRAINER_PYTHON` or `ASYNCPPO_ROLLOUT_PYTHON` if set, else that of
+    `.venvs/trainer` or `.venvs/rollout`, else this one. What follows `--` goes to the program; `-- --help` shows what
+    it takes.
+    """
+    from asyncppo import programs
+
+    if role not in programs.MODULES:
+        raise UserError(f"launch {role}: expected trainer or rollout")
+    argv = programs.command("trainer" if role == "trainer" else "rollout", context.args)
+    sys.stdout.flush()
+    os.execve(argv[0], argv, programs.environment())
+
+
+@app.command(epilog="Example: `asyncppo demo --config configs/demo.yaml --set run.steps=20`")
+def demo(
+    config: Annotated[Path, typer.Option(help="The run's YAML file.")] = Path("configs/demo.yaml"),
+    overrides: Overrides = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run. Default: run.name of the config, numbered when it is taken.")
+    ] = None,
+) -> None:
+    """Train with one rollout server on this machine, from start to report, and say whether the model learned.
+
+    Makes the tiny base models if they are missing, starts the trainer and a rollout server, shows them live, evaluates
+    before and after, and prints the report; the last line is JSON. Ctrl-C ends everything in order.
+
+    Exit codes: 0 the model learned, 1 it did not or a program failed, 2 what was given cannot work, 130 stopped.
+    """
+    from asyncppo.demo import run_demo
+
+    raise typer.Exit(run_demo(config, overrides or [], name, _console()))
+
+
+@app.command(epilog="Example: `asyncppo monitor runs/demo`")
+def monitor(run_directory: RunDirectory) -> None:
+    """Show a run live, from its files: until it ends, or until Ctrl-C, which leaves the run alone."""
+    from asyncppo.lifetime import stop_flag
+    from asyncppo.monitor.live import watch
+
+    watch(run_directory, _console(), stop_flag())
+
+
+@app.command(epilog="Example: `asyncppo report runs/demo`")
+def report(
+    run_directory: RunDirectory,
+    plots: Annotated[bool, typer.Option(help="Draw the pictures, in RUN_DIR/plots.")] = True,
+) -> None:
+    """Print what a run did, learned and cost, and draw its pictures. Works on runs that go on or were killed, too."""
+    from asyncppo.report.summary import summarize
+    from asyncppo.report.text import draw_plots, show
+
+    summary = summarize(run_directory)
+    console = _console()
+    show(summary, draw_plots(summary, console) if plots else [], console)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+if __name__ == "__main__":
+    main()

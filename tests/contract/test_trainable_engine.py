@@ -1,0 +1,191 @@
+"""The same claims about every trainable engine: plain PyTorch, and DeepSpeed with ZeRO 1, 2 and 3.
+
+One process, float32, and a network of two layers; the reference is a PyTorch loop written here.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from asyncppo.config import ActorConfig
+from asyncppo.errors import CheckpointError
+from tests.model_maker import a_world, largest_difference
+from trainer.model.build import build_engine
+from trainer.model.engine import TrainableEngine, schedule
+
+pytestmark = pytest.mark.unit
+
+STEPS = 5
+RATE = 0.01
+ENGINES = {
+    "plain": {"engine": "plain"},
+    "zero-1": {"engine": "deepspeed", "zero_stage": 1},
+    "zero-2": {"engine": "deepspeed", "zero_stage": 2},
+    "zero-3": {"engine": "deepspeed", "zero_stage": 3},
+}
+
+Make = Callable[..., TrainableEngine]
+
+
+def a_network(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+
+
+def rows(step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+
+def loss_of(engine: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+    """A sum over rows, so that the losses of parts add up."""
+    return (engine(inputs).float() - 1.0).square().sum()
+
+
+@pytest.fixture(params=ENGINES)
+def make(request: pytest.FixtureRequest) -> Make:
+    def build(total_steps: int = STEPS, **settings: object) -> TrainableEngine:
+        defaults = {"dtype": "float32", "learning_rate": RATE, "max_grad_norm": 1e9, "weight_decay": 0.1}
+        model = ActorConfig(path="", **(defaults | ENGINES[request.param] | settings))
+        return build_engine(a_network(getattr(torch, model.dtype)), model, total_steps, a_world())
+
+    build.exact = request.param == "plain"
+    return build
+
+
+def weights(engine: TrainableEngine) -> dict[str, torch.Tensor]:
+    return {name: parameter.clone() for name, parameter in engine.parameters_in_full()}
+
+
+def train(engine: TrainableEngine, steps: range) -> list[tuple[float, float]]:
+    reports = []
+    for step in steps:
+        engine.backward(loss_of(engine, rows(step)))
+        report = engine.step()
+        reports.append((report.grad_norm, report.learning_rate))
+    return reports
+
+
+def reference(max_norm: float, rates: list[float]) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights after one AdamW step for each rate, and the gradient norms before clipping."""
+    network = a_network()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, betas=(0.9, 0.999), weight_decay=0.1)
+    norms = []
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss_of(network, rows(step)).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(network.parameters(), max_norm)))
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}, norms
+
+
+@pytest.mark.parametrize("max_norm", [1e9, 0.5])
+def test_five_steps_are_those_of_a_plain_pytorch_loop_and_norms_are_reported_before_clipping(
+    make: Make, max_norm: float
+) -> None:
+    engine = make(max_grad_norm=max_norm)
+    reports = train(engine, range(STEPS))
+    expected, norms = reference(max_norm, [RATE] * STEPS)
+    assert min(norms) > 0.5  # so that the smaller limit clips every step
+    assert largest_difference(weights(engine), expected) <= (0 if make.exact else 1e-6)
+    assert [norm for norm, _ in reports] == pytest.approx(norms, rel=1e-5)
+
+
+def test_clipping_changes_the_weights_of_the_reference() -> None:
+    # Adam forgets the size of equal gradients; with steps of unlike sizes, clipping shows.
+    assert largest_difference(reference(1e9, [RATE] * STEPS)[0], reference(0.5, [RATE] * STEPS)[0]) > 1e-4
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_several_backward_calls_before_a_step_are_one_of_their_sum(make: Make, parts: int) -> None:
+    whole, cut = make(), make()
+    for step in range(2):
+        whole.backward(loss_of(whole, rows(step)))
+        for part in rows(step).chunk(parts):
+            cut.backward(loss_of(cut, part))
+        assert cut.step().grad_norm == pytest.approx(whole.step().grad_norm, rel=1e-5)
+    assert largest_difference(weights(cut), weights(whole)) <= 1e-6
+
+
+def test_a_step_forgets_its_gradients(make: Make) -> None:
+    engine = make(weight_decay=0.0)
+    train(engine, range(1))
+    engine.backward(loss_of(engine, rows(0)) * 0.0)
+    assert engine.step().grad_norm == 0.0
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_the_learning_rate_warms_up_from_the_first_step_on_and_then_follows_its_schedule(make: Make, kind: str) -> None:
+    engine = make(total_steps=6, warmup_steps=2, schedule=kind)
+    rates = [rate for _, rate in train(engine, range(6))]
+    after = {
+        "constant": [1.0, 1.0, 1.0, 1.0],
+        "linear": [1.0, 0.75, 0.5, 0.25],
+        "cosine": [0.5 * (1 + math.cos(math.pi * quarter / 4)) for quarter in range(4)],
+    }[kind]
+    factors = [0.5, 1.0, *after]
+    assert rates == pytest.approx([RATE * factor for factor in factors])
+    expected, _ = reference(1e9, rates)
+    assert largest_difference(weights(engine), expected) <= (0 if make.exact else 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_linear_and_cosine_reach_zero_when_all_steps_are_done_and_stay_there(kind: str) -> None:
+    factor = schedule(ActorConfig(path="", warmup_steps=3, schedule=kind), 10)
+    assert [factor(10), factor(11)] == [0.0, 0.0]
+    falling = [factor(done) for done in range(3, 11)]
+    assert falling[0] == 1.0
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_a_warm_up_longer_than_the_run_still_rises_to_the_peak() -> None:
+    factor = schedule(ActorConfig(path="", warmup_steps=4, schedule="linear"), 2)
+    assert [factor(done) for done in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_parameters_in_full_are_the_networks_names_and_shapes(make: Make) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in weights(make()).items()}
+    assert shapes == {"0.weight": (8, 6), "0.bias": (8,), "2.weight": (2, 8), "2.bias": (2,)}
+    initial = {name: parameter.detach() for name, parameter in a_network().named_parameters()}
+    assert largest_difference(weights(make()), initial) == 0
+
+
+def test_a_run_that_goes_on_from_a_save_is_bit_identical(make: Make, tmp_path: Path) -> None:
+    settings = {"total_steps": 8, "warmup_steps": 3, "schedule": "cosine"}
+    engine = make(**settings)
+    train(engine, range(3))
+    engine.save(tmp_path / "state")
+    expected_reports = train(engine, range(3, 6))
+    resumed = make(**settings)
+    train(resumed, range(7, 8))  # whatever was there before is gone
+    resumed.load(tmp_path / "state")
+    assert train(resumed, range(3, 6)) == expected_reports
+    assert largest_difference(weights(resumed), weights(engine)) == 0
+
+
+def test_loading_from_a_directory_without_a_save_is_a_checkpoint_error(make: Make, tmp_path: Path) -> None:
+    engine = make()
+    before = copy.deepcopy(weights(engine))
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        engine.load(tmp_path)
+    assert largest_difference(weights(engine), before) == 0
+
+
+def test_zero_1_in_bfloat16_trains() -> None:
+    model = ActorConfig(path="", dtype="bfloat16", learning_rate=RATE, zero_stage=1)
+    engine = build_engine(a_network(torch.bfloat16), model, STEPS, a_world())
+    losses = []
+    for _ in range(STEPS):
+        loss = loss_of(engine, rows(0, torch.bfloat16))
+        engine.backward(loss)
+        report = engine.step()
+        losses.append(float(loss.detach()))
+        assert report.grad_norm > 0
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+    assert {parameter.dtype for _, parameter in engine.parameters_in_full()} == {torch.bfloat16}
