@@ -351,6 +351,8 @@ class Config(Section, frozen=True, kw_only=True):
             )
         if self.algorithm.critics == 0 and self.sampling.group_size == 1:
             raise ConfigError("algorithm.critics is 0 (GRPO) but sampling.group_size is 1: a group needs 2 or more")
+        if int(self.stream.address.rpartition(":")[2]) > 65535:
+            raise ConfigError(f"stream.address is {self.stream.address}: ports end at 65535")
         if self.critic.addresses and len(self.critic.addresses) != self.algorithm.critics:
             raise ConfigError(
                 f"critic.addresses has {len(self.critic.addresses)} entries for {self.algorithm.critics} critics"

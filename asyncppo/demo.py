@@ -125,7 +125,7 @@ def _train(
     journal.event("launched")
     journal.close()
     common = ["--config", str(config_path), *(part for setting in settings for part in ("--set", setting))]
-    console.print(f"run directory: {directory}   logs: {logs}")
+    console.print(f"run directory: {directory}   logs: {logs}", soft_wrap=True)
     trainer = programs.start("the trainer", command("trainer", common), logs / "trainer.log")
     where = ["--trainer", config.stream.address, "--name", "rollout-0", "--log-directory", str(logs)]
     server = programs.start("the rollout server", command("rollout", [*common, *where]), logs / "rollout.log")

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from asyncppo.errors import ModelError
 
-_VOLATILE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache", "_attn_implementation_autoset"}
+_VOLATILE = {
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "use_cache",
+    "_attn_implementation_autoset",
+}
 
 
 def model_fingerprint(model: str) -> str:

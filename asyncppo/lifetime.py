@@ -16,12 +16,16 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
-    """Ask the kernel to send this process a signal when the one that started it is gone (Linux)."""
+def die_with_parent(parent: int, signal_number: int = signal.SIGTERM) -> None:
+    """Ask the kernel to send this process a signal when the one that started it is gone (Linux).
+
+    Args:
+        parent: the pid of the one that started it, as it knows itself: it may be gone already.
+        signal_number: what is sent.
+    """
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal_number)
-        if parent == 1 or os.getppid() != parent:  # it went before we asked
+        if os.getppid() != parent:  # it went before we asked
             os.kill(os.getpid(), signal_number)
 
 

@@ -6,6 +6,7 @@ thing that happened. Both are appended and flushed line by line, so a reader may
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -109,13 +110,14 @@ class Journal:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file, in order; nothing if there is none. A half-written last line is left out."""
+    """The objects of a JSON-lines file, in order; nothing if there is none. Half-written lines are left out."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
-                yield msgspec.json.decode(line)
+                with contextlib.suppress(msgspec.DecodeError):  # torn by a full disk, or a process that was killed
+                    yield msgspec.json.decode(line)
 
 
 def _plain(value: Any) -> Any:

@@ -7,11 +7,13 @@ inside the child is `sglang_process`, the only importer of sglang.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -178,21 +180,30 @@ def last_lines(path: Path, lines: int = _LOG_LINES) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines()[-lines:])
 
 
-async def end_process_tree(pid: int) -> None:
-    """SIGTERM to a process, then SIGKILL to all that is left of it and its descendants."""
+async def end_process_tree(child: asyncio.subprocess.Process) -> None:
+    """SIGTERM to a child that leads its own process group, then SIGKILL to whatever is left of it and its descendants.
+
+    The event loop alone waits for the child itself: if psutil did, the loop would never learn that it has ended.
+    """
+    descendants: list[psutil.Process] = []
     try:
-        root = psutil.Process(pid)
-        family = [*root.children(recursive=True), root]
-        root.terminate()
+        if child.returncode is None:
+            descendants = psutil.Process(child.pid).children(recursive=True)
+            child.terminate()
+            async with asyncio.timeout(_TERM_S):
+                await child.wait()
     except psutil.NoSuchProcess:
-        return
-    _, left = await asyncio.to_thread(psutil.wait_procs, family, timeout=_TERM_S)
-    for process in left:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    _, left = await asyncio.to_thread(psutil.wait_procs, left, timeout=_KILL_S)
+        log.debug("process %d had just ended", child.pid)
+    except TimeoutError:
+        log.info("SGLang does not end on SIGTERM within %g s: killed", _TERM_S)
+    with contextlib.suppress(ProcessLookupError):  # nothing is left: the rule
+        os.killpg(child.pid, signal.SIGKILL)
+    _, left = await asyncio.to_thread(psutil.wait_procs, descendants, timeout=_KILL_S)
+    try:
+        async with asyncio.timeout(_KILL_S):
+            await child.wait()
+    except TimeoutError:
+        left = [*left, child]
     if left:
         log.error("SGLang's processes %s do not end", [process.pid for process in left])
 
@@ -375,8 +386,7 @@ class SGLangEngine:
     async def _end_child(self) -> None:
         child, self._child = self._child, None
         if child is not None:
-            await end_process_tree(child.pid)
-            await child.wait()
+            await end_process_tree(child)
 
     async def _wait_until_ready(self) -> None:
         limit = self._rollout.start_timeout_s

@@ -18,6 +18,8 @@ from trainer.model.world import World
 from trainer.stream.batch import Batch
 from trainer.tiny_base import build_tokenizer, save_tokenizer
 
+torch.set_num_threads(1)  # more only fight over the cores: these tensors are small
+
 VOCABULARY = 384
 
 PROMPTS = (3, 5, 2)

@@ -59,8 +59,8 @@ def _run(
         raise ConfigError(f"--resume {resume}: expected auto or never")
     set_up_logging(role if role != "critic" else f"critic {index}")
     should_stop = stop_flag()
-    if os.environ.get("ASYNCPPO_SUPERVISED"):
-        die_with_parent()
+    if supervisor := os.environ.get("ASYNCPPO_SUPERVISED"):
+        die_with_parent(int(supervisor))
     arguments = ["--config", str(path), "--resume", resume, *(part for o in overrides for part in ("--set", o))]
     match role:
         case "all":
@@ -75,7 +75,7 @@ def _run(
             given = addresses or config.critic.addresses[index : index + 1]
             if not given:
                 raise ConfigError(f"critic {index} has no address: give --address, or critic.addresses in the config")
-            return critic(config, index, given[0])
+            return critic(config, index, given[0], should_stop)
         case _:
             raise ConfigError(f"--role {role}: expected all, learner or critic")
 

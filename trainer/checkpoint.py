@@ -55,7 +55,8 @@ class Checkpoints:
         final = self._root / f"step_{state.policy_version:08d}"
         partial = self._root / f".partial-{state.policy_version:08d}"
         if first_rank:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left_by_a_killed_save in self._root.glob(".partial-*"):
+                shutil.rmtree(left_by_a_killed_save)
             partial.mkdir(parents=True)
         write_parts(partial)
         if first_rank:
@@ -80,7 +81,7 @@ class Checkpoints:
             if ours != theirs:
                 raise CheckpointError(
                     f"{path}: made with {theirs[0]} critics, actor {theirs[1]}, critic {theirs[2]}; the config says "
-                    f"{ours[0]}, {ours[1]}, {ours[2]}: choose another run.name, or --resume never"
+                    f"{ours[0]}, {ours[1]}, {ours[2]}: choose another run.name"
                 )
             return path, state
         return None

@@ -89,6 +89,7 @@ class Feed:
                     problems=len(groups),
                     samples=self._config.eval.samples,
                     pass_at_1=scores[name],
+                    standard_error=float(rewards.mean(axis=1).std(ddof=1) / len(groups) ** 0.5) if len(groups) > 1 else None,
                     pass_at_k=float(rewards.max(axis=1).mean()),
                     length_mean=float(lengths.mean()),
                     reward_errors=int(sum(group.reward_errors.sum() for group in groups)),

@@ -54,6 +54,7 @@ class Learner:
 
     def run(self, version: int) -> int:
         """Train from this version to the last, or until a stop is asked for; returns the version reached."""
+        self._saved_version = version or -1  # above 0 it comes from its checkpoint
         self._publish(version)
         if version == 0 and self._config.eval.at_start:
             self._evaluate(version)

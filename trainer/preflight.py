@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 from transformers import AutoTokenizer
 
 from asyncppo.config import Config
-from asyncppo.errors import AddressError, ConfigError, ModelError
+from asyncppo.errors import ConfigError, ModelError
 from asyncppo.fingerprints import model_fingerprint, tokenizer_fingerprint
-from asyncppo.transport.zmq import check_address
+from asyncppo.transport.zmq import ZmqHub, check_address
 from trainer.model.networks import check_causal_lm, check_critic
 from trainer.stream.intake import Identity
 from trainer.stream.prompts import Prompt, Tokenize, load_prompts
@@ -48,16 +45,7 @@ def check_stream_address(config: Config) -> None:
         AddressError: not loopback without being asked for, or taken.
     """
     check_address(config.stream.address, config.stream.insecure)
-    parts = urlsplit(config.stream.address)
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((parts.hostname or "", parts.port or 0))
-        except OSError as error:
-            raise AddressError(
-                f"cannot listen on {config.stream.address}: {(error.strerror or str(error)).lower()}; stop what holds it, "
-                "or choose another port (stream.address)"
-            ) from None
+    ZmqHub(config.stream.address).close()
 
 
 def check_devices(config: Config) -> None:
@@ -135,6 +123,7 @@ def _eval_sets(config: Config, tokenize: Tokenize) -> dict[str, list[Prompt]]:
 
 
 def _tokenizer(path: str):  # type: ignore[no-untyped-def]  # transformers has no types
+    tokenizer_fingerprint(path)  # refuses a directory without a tokenizer, for which transformers makes an empty one
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:

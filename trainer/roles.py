@@ -34,7 +34,7 @@ def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callab
     world = World()
     first = world.rank == 0
     critics = intake = publisher = journal = None
-    if first:  # bind before the models are loaded: servers may come at any time
+    if first:  # answer servers before the models are loaded: their engines start meanwhile
         hub = ZmqHub(config.stream.address, config.stream.max_message_mb << 20)
         journal = Journal(config.run_directory)
         prompts = Prompts(data.train, config.run.seed, config.data.shuffle)
@@ -43,21 +43,19 @@ def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callab
         log.info("listening for rollout servers on %s", hub.address)
     reason, complete = "the trainer failed", False
     try:
-        policy = Policy(config, world)
         resumed = Checkpoints(config).latest()
-        version, ledger = 0, None
+        version = resumed[1].policy_version if resumed else 0
+        if intake:
+            intake.start(resumed[1].ledger if resumed else None)
+            publisher = Publisher(config, data.tokenizer_directory)
+        policy = Policy(config, world)
         if critics:
             critics.wait_until_ready()
         if resumed:
-            path, state = resumed
-            version, ledger = state.policy_version, state.ledger
-            policy.load(path / "actor")
+            policy.load(resumed[0] / "actor")
             if critics:
-                critics.load(path)
-            log.info("going on from %s", path)
-        if intake:
-            intake.start(ledger)
-            publisher = Publisher(config, data.tokenizer_directory)
+                critics.load(resumed[0])
+            log.info("going on from %s", resumed[0])
         feed = Feed(config, world, intake, journal, data.eval_sets, data.tokenizer_directory, should_stop)
         if journal:
             journal.event("start", version=version, resumed=bool(resumed))
@@ -79,13 +77,13 @@ def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callab
         world.close()
 
 
-def critic(config: Config, index: int, address: str) -> int:
+def critic(config: Config, index: int, address: str, should_stop: Callable[[], bool]) -> int:
     """One rank of a critic, until the learner stops it; returns the exit code."""
     preflight.check_models(config)
     world = World()
     channel = ZmqChannel(address, ToCritic, bind=True) if world.rank == 0 else None
     try:
-        serve(Critic(config, index, world), channel, index, world)
+        serve(Critic(config, index, world), channel, index, world, should_stop)
         return 0
     finally:
         if channel:

@@ -107,7 +107,7 @@ def _start(
             "LOCAL_RANK": str(rank if devices else 0),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "ASYNCPPO_SUPERVISED": "1",
+            "ASYNCPPO_SUPERVISED": str(os.getpid()),
         }
         environment.setdefault("OMP_NUM_THREADS", "1")
         if devices:
@@ -133,7 +133,7 @@ def _devices(config: Config) -> dict[str, list[int]]:
     roles = {"learner": config.actor.processes}
     roles |= {f"critic {index}": config.critic.processes for index in range(config.algorithm.critics)}
     if not torch.cuda.is_available():
-        return dict.fromkeys(roles, [])
+        return {role: [] for role in roles}
     named = [*config.actor.devices, *config.critic.devices]
     pool = iter(named or range(sum(roles.values())))
     return {role: [next(pool) for _ in range(count)] for role, count in roles.items()}

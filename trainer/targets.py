@@ -1,4 +1,4 @@
-"""Targets: a batch and the critics' values in; advantages, returns and masks out. AsyPPO's steps 3 to 5, in that order."""
+"""Targets: a batch and the critics' values in; advantages, returns and masks out. AsyPPO's steps 3 to 5, in order."""
 
 from __future__ import annotations
 

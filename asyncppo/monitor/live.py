@@ -111,7 +111,7 @@ class PlainView:
             changed = phase.text != self._phase
             if changed or now - self._phase_at >= PLAIN_WAIT_EVERY_S:
                 self._phase, self._phase_at = phase.text, now
-                self._print(f"{phase.text} … {duration(now - phase.since)}")
+                self._print(phase.text if changed else f"{phase.text} … {duration(now - phase.since)}")
 
     def close(self) -> None:
         """Nothing is held."""

@@ -33,7 +33,8 @@ class MemoryHub:
         self._peers[identity] = deliver
 
         def hang_up() -> None:
-            self._peers.pop(identity, None)
+            if self._peers.get(identity) is deliver:  # else a newer link has the name
+                del self._peers[identity]
 
         return MemoryLink(inbox, lambda frames: self._inbox.put((identity, frames)), hang_up)
 
@@ -85,9 +86,7 @@ class MemoryLink:
 class MemoryChannel:
     """`Channel`; `pair` makes both ends."""
 
-    def __init__(
-        self, inbox: queue.SimpleQueue[Frames], outbox: queue.SimpleQueue[Frames], receives: Any
-    ) -> None:
+    def __init__(self, inbox: queue.SimpleQueue[Frames], outbox: queue.SimpleQueue[Frames], receives: Any) -> None:
         self._codec = Codec(receives)
         self._inbox, self._outbox = inbox, outbox
 

@@ -26,8 +26,9 @@ def check_address(address: str, insecure: bool) -> None:
     Raises:
         AddressError: the address is not loopback and `insecure` is not set.
     """
-    host = urlsplit(address).hostname or ""
+    host = ""
     try:
+        host = urlsplit(address).hostname or ""
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = host == "localhost"
@@ -44,7 +45,7 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> str:
     except zmq.ZMQError as error:
         socket.close(0)
         raise AddressError(
-            f"cannot listen on {address}: {error.strerror.lower()}; stop what holds it or choose another port "
+            f"cannot listen on {address}: {zmq.strerror(error.errno or 0).lower()}; stop what holds it or choose another port "
             "(stream.address)"
         ) from None
     return socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -122,7 +123,7 @@ class ZmqLink:
     def __init__(self, address: str, identity: bytes, max_bytes: int = 512 << 20) -> None:
         self._codec = Codec(ToRollout, max_bytes)
         context: zmq.asyncio.Context = zmq.asyncio.Context.instance()
-        self._socket = context.socket(zmq.DEALER)
+        self._socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.ROUTING_ID, identity)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)

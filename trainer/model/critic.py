@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,10 @@ class Critic:
         self._engine.load(directory)
 
 
-def serve(critic: Critic, channel: Channel | None, index: int, world: World) -> None:
-    """Answer the learner until it says Stop.
+def serve(
+    critic: Critic, channel: Channel | None, index: int, world: World, should_stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Answer the learner until it says Stop, or this process is told to.
 
         consumes      Learn, SaveCritic, LoadCritic
         produces      CriticReady first, then Learned or Done for each; CriticFailed before it ends with an error
@@ -117,7 +119,7 @@ def serve(critic: Critic, channel: Channel | None, index: int, world: World) -> 
     if channel is not None:
         channel.send(CriticReady(index=index, parameters=critic.parameters))
     while True:
-        message = _shared(_next(channel), world)
+        message = _shared(_next(channel, should_stop), world)
         try:
             match message:
                 case Learn():
@@ -138,18 +140,16 @@ def serve(critic: Critic, channel: Channel | None, index: int, world: World) -> 
             channel.send(answer)
 
 
-def _next(channel: Channel | None) -> Any:
-    while channel is not None:
+def _next(channel: Channel | None, should_stop: Callable[[], bool]) -> Any:
+    while channel is not None and not should_stop():
         try:
-            message = channel.receive(1.0)
+            message = channel.receive(0.5)
         except MessageError as error:
             log.warning("dropped: a message %s", error)
             continue
         if message is not None:
             return message
-        if os.getppid() == 1:
-            return Stop(reason="the process that started this critic is gone")
-    return None
+    return Stop(reason="")
 
 
 _LEARN_ARRAYS = ("input_ids", "sequence_lengths", "response_lengths", "returns", "shard", "group_index")

@@ -23,6 +23,7 @@ class Critics:
     def __init__(self, config: Config, channels: Sequence[Channel]) -> None:
         self._config = config
         self._channels = channels
+        self._step = -1
 
     def wait_until_ready(self) -> None:
         """Raises EngineError or StallError when a critic does not come up."""
@@ -34,6 +35,7 @@ class Critics:
 
         A response of truncated length teaches nothing where `algorithm.truncated` masks it or bootstraps it.
         """
+        self._step = batch.version
         settings = self._config.algorithm
         usable = np.ones(len(batch.rewards), dtype=bool) if settings.truncated == "zero" else batch.truncated == 0
         for index, channel in enumerate(self._channels):
@@ -93,6 +95,6 @@ class Critics:
             message = self._channels[index].receive(left)
             if isinstance(message, CriticFailed):
                 raise EngineError(f"critic {index} failed: {message.reason}")
-            if isinstance(message, kind):
+            if isinstance(message, kind) and getattr(message, "step", self._step) == self._step:
                 return message
         raise StallError(f"waited {limit:.0f} s for critic {index} to {what} (critic.timeout_s)")

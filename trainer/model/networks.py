@@ -129,7 +129,6 @@ def check_critic(path: str) -> Any:
 
 def _load(kind: Any, path: str, model: ModelConfig, config: Any) -> tuple[Any, list[str]]:
     """A model in training mode and the names of weights that its checkpoint lacks, which are drawn at random."""
-    config.use_cache = False  # packed sequences leak into each other with a KV cache
     try:
         network, report = kind.from_pretrained(
             path,
@@ -169,13 +168,16 @@ class PolicyNet(nn.Module):
         """
         hidden = self.hf.base_model(**_inputs(packed)).last_hidden_state[0]
         states = hidden.index_select(0, packed.predict)
+        # Taken once, and not by calling the head for each chunk: ZeRO-3 gathers it on all ranks whenever it is called,
+        # and ranks have different numbers of chunks.
         head = self.hf.get_output_embeddings()
+        weight, bias = head.weight, head.bias
         if not states.shape[0]:  # a rank's empty micro-batch still takes part in every collective
-            nothing = head(hidden[:1]).sum().float() * 0
+            nothing = F.linear(hidden[:1], weight, bias).sum().float() * 0
             return nothing.expand(0), nothing.expand(0)
 
         def chunk(states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logits = head(states).float() / temperature
+            logits = F.linear(states, weight, bias).float() / temperature
             logprobs = logits.log_softmax(-1)
             entropy = -(logprobs.exp() * logprobs).sum(-1)
             return logprobs.gather(-1, labels[:, None])[:, 0], entropy
@@ -215,7 +217,7 @@ def _inputs(packed: Packed) -> dict[str, Any]:
     return {
         "input_ids": packed.input_ids,
         "position_ids": packed.position_ids,
-        "use_cache": False,
+        "use_cache": False,  # with a KV cache packed sequences leak into each other
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,

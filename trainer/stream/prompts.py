@@ -37,7 +37,7 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
             raise DataError(f"{source}: there is no such dataset file")
         try:
             rows = [msgspec.json.decode(line) for line in path.read_bytes().splitlines() if line.strip()]
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{source}: expected one JSON object a line: {error}") from None
         if not all(isinstance(row, dict) for row in rows):
             raise DataError(f"{source}: expected one JSON object a line")
@@ -69,7 +69,7 @@ def load_prompts(source: str, data: DataConfig, tokenize: Tokenize, limit: int |
     """The prompts of a dataset whose tokens fit into `data.max_prompt_tokens`.
 
     Raises:
-        DataError: no rows, a missing column, two rows with one id, or every prompt too long.
+        DataError: no rows, a missing column, malformed chat messages, two rows with one id, or every prompt too long.
     """
     rows = read_rows(source, data.split)
     for column in filter(None, (data.prompt_column, data.answer_column, data.id_column)):
@@ -79,17 +79,24 @@ def load_prompts(source: str, data: DataConfig, tokenize: Tokenize, limit: int |
                     f"{source}: row {number} has no {column!r}; its columns are {', '.join(row)} "
                     "(data.prompt_column, data.answer_column, data.id_column)"
                 )
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt | None] = {}
     for number, row in enumerate(rows[:limit]):
         prompt_id = str(row[data.id_column]) if data.id_column else str(number)
         if prompt_id in prompts:
             raise DataError(f"{source}: the id {prompt_id!r} is there twice (data.id_column)")
-        ids = np.asarray(tokenize(_messages(row[data.prompt_column], data.template)), dtype=np.int32)
-        if len(ids) <= data.max_prompt_tokens:
-            prompts[prompt_id] = Prompt(prompt_id, ids, str(row[data.answer_column]))
-    if not prompts:
-        raise DataError(f"{source}: all {len(rows)} prompts are longer than {data.max_prompt_tokens} tokens")
-    return list(prompts.values())
+        try:
+            messages = _messages(row[data.prompt_column], data.template)
+        except (KeyError, TypeError):
+            raise DataError(
+                f"{source}: row {number}: expected chat messages with a role and a content in {data.prompt_column!r}"
+            ) from None
+        ids = np.asarray(tokenize(messages), dtype=np.int32)
+        fits = len(ids) <= data.max_prompt_tokens
+        prompts[prompt_id] = Prompt(prompt_id, ids, str(row[data.answer_column])) if fits else None
+    fitting = [prompt for prompt in prompts.values() if prompt]
+    if not fitting:
+        raise DataError(f"{source}: all {len(prompts)} prompts are longer than {data.max_prompt_tokens} tokens")
+    return fitting
 
 
 def _messages(prompt: Any, template: str) -> list[dict[str, str]]:

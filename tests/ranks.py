@@ -1,0 +1,96 @@
+"""What one rank of tests/real/test_two_ranks.py does: `python tests/ranks.py DIRECTORY`, with RANK and WORLD_SIZE set.
+
+DIRECTORY has config.yaml. Rank 0 writes `results-SIZE.pt`: for each case the weights and metrics of one update of the
+actor and one lesson of a critic, under DeepSpeed.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncppo.config import load
+from tests.model_maker import a_batch, a_lesson
+from trainer.model import deepspeed_engine, networks
+from trainer.model.critic import Critic
+from trainer.model.policy import Policy
+from trainer.model.world import World
+from trainer.stream.batch import Batch
+from trainer.targets import build_targets
+
+STAGES = ("1", "2", "3", "3 as for a large model")
+BATCHES = ("even", "ragged", "one response")
+
+
+def batches() -> Iterator[tuple[str, Batch]]:
+    """`even` fits; `ragged` gives ranks different numbers of response tokens; `one response` leaves a rank empty."""
+    yield "even", a_batch()
+    yield (
+        "ragged",
+        a_batch(prompts=(2, 30), responses=(14, 9, 1, 2), rewards=(1, 0, 1, 0), truncated=(0,) * 4, shard=(0, 0, 1, 1)),
+    )
+    yield "one response", a_batch(prompts=(3,), responses=(7,), rewards=(1,), truncated=(0,), shard=(0,))
+
+
+def be_large(config: dict[str, Any]) -> dict[str, Any]:
+    """Let ZeRO-3 part with every parameter as soon as it can, as it does when they do not fit."""
+    names = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+    config["zero_optimization"] |= {f"stage3_{name}": 0 for name in names}
+    return config
+
+
+def train(directory: Path, stage: str, batch: Batch, world: World) -> dict[str, Any]:
+    settings = [f"{role}.{key}" for role in ("actor", "critic") for key in (f"zero_stage={stage[0]}", "engine=deepspeed")]
+    config = load(directory / "config.yaml", settings)
+    policy, critic = Policy(config, world), Critic(config, 0, world)
+    tokens = len(batch.response_ids)
+    values = torch.stack((torch.linspace(-0.5, 0.5, tokens), torch.linspace(0.4, -0.1, tokens).square()))
+    proximal = policy.logprobs(batch)
+    result: dict[str, Any] = {"logprobs": proximal}
+    targets = build_targets(batch, values, config.algorithm)
+    result["policy metrics"] = [policy.update(batch, proximal, targets, use) for use in range(2)]
+    result["policy"] = policy.weights()
+    returns = np.linspace(-1, 1, tokens)
+    shard = [1] * len(batch.rewards) if len(batch.rewards) == 1 else [1, 0] * (len(batch.rewards) // 2)
+    learned = critic.learn(a_lesson(batch, returns, shard))
+    result["values"], result["critic metrics"] = torch.from_numpy(np.array(learned.values)), learned.metrics
+    result["critic"] = {name: weights.clone() for name, weights in critic._engine.parameters_in_full()}
+    policy.save(directory / f"state-{world.size}" / f"{stage}-{len(batch.rewards)}")
+    policy.update(batch, proximal, targets, 2)
+    expected = policy.weights()
+    policy.load(directory / f"state-{world.size}" / f"{stage}-{len(batch.rewards)}")
+    policy.update(batch, proximal, targets, 2)
+    result["resumed"] = {name: bool(torch.equal(weights, expected[name])) for name, weights in policy.weights().items()}
+    return result
+
+
+def shared(world: World) -> dict[str, Any]:
+    """What this rank has after `share`; only rank 0 gave something."""
+    given = {"ids": np.array(["p1", "prompt ü"]), "numbers": np.arange(5, dtype=np.int32), "none": np.zeros((0, 3))}
+    received = world.share(given if world.rank == 0 else None)
+    nothing = world.share({} if world.rank == 0 else None)
+    return {"received": {name: (str(array.dtype), array.tolist()) for name, array in received.items()}, "nothing": nothing}
+
+
+def main(directory: Path) -> None:
+    networks._HEAD_CHUNK = 3  # so that ranks with more response tokens have more chunks
+    world = World()
+    torch.save(shared(world), directory / f"shared-{world.size}-{world.rank}.pt")
+    results = {}
+    derive = deepspeed_engine.deepspeed_config
+    for stage in STAGES:
+        if "large" in stage:
+            deepspeed_engine.deepspeed_config = lambda *args, **kwargs: be_large(derive(*args, **kwargs))
+        for name, batch in batches():
+            print(f"rank {world.rank} of {world.size}: ZeRO {stage}, {name}", flush=True)
+            results[stage, name] = train(directory, stage, batch, world)
+    if world.rank == 0:
+        torch.save(results, directory / f"results-{world.size}.pt")
+    world.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

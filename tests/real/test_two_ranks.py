@@ -1,0 +1,116 @@
+"""Two ranks train what one rank trains: the same weights, values and metrics, under ZeRO 1, 2 and 3. Gloo on the CPU.
+
+One process and then two run tests/ranks.py over all cases; each test looks at one case.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model_maker import a_config, largest_difference, make_model
+from tests.ranks import BATCHES, STAGES
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
+
+REPOSITORY = Path(__file__).parents[2]
+LIMIT_S = 120
+
+
+def run_ranks(directory: Path, size: int) -> None:
+    """tests/ranks.py on `size` ranks; fails with their output when one fails or hangs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    outputs = [directory / f"rank-{size}-{rank}.log" for rank in range(size)]
+    processes = []
+    for rank, output in enumerate(outputs):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPOSITORY),
+            "DS_ACCELERATOR": "cpu",
+        }
+        with output.open("wb") as sink:
+            command = [sys.executable, str(REPOSITORY / "tests" / "ranks.py"), str(directory)]
+            processes.append(subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=LIMIT_S) for process in processes]
+    except subprocess.TimeoutExpired:
+        codes = ["hung"]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0] * size, "\n".join(output.read_text()[-3000:] for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Any, Any], dict[Any, Any], Path]:
+    directory = tmp_path_factory.mktemp("ranks")
+    make_model(directory / "model", hidden=96)
+    a_config(directory, model=directory / "model")
+    settings = (directory / "config.yaml").read_text()
+    # Steps of 1e-5: a wrong gradient changes Adam's first step by up to twice as much, rounding by far less.
+    settings = settings.replace("learning_rate: 1.0e-4", "learning_rate: 1.0e-5")
+    (directory / "config.yaml").write_text(settings.replace("learning_rate: 1.0e-3", "learning_rate: 1.0e-5"))
+    for size in (1, 2):
+        run_ranks(directory, size)
+    one, two = (torch.load(directory / f"results-{size}.pt", weights_only=True) for size in (1, 2))
+    return one, two, directory
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_train_the_same_weights_with_the_same_metrics(
+    results: tuple[dict[Any, Any], dict[Any, Any], Path], stage: str, batch: str
+) -> None:
+    one, two = results[0][stage, batch], results[1][stage, batch]
+    for part in ("policy", "critic"):
+        assert largest_difference(two[part], one[part]) < 1e-6
+        moved = largest_difference(one[part], results[0][stage, BATCHES[BATCHES.index(batch) - 1]][part])
+        assert moved > 5e-6  # other batches train other weights: the comparison above is not of what never moved
+    torch.testing.assert_close(two["logprobs"], one["logprobs"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(two["values"], one["values"], atol=1e-5, rtol=0)
+    assert two["critic metrics"] == pytest.approx(one["critic metrics"], rel=1e-4, abs=1e-5)
+    for ours, theirs in zip(two["policy metrics"], one["policy metrics"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_all_stages_train_the_same_weights(
+    results: tuple[dict[Any, Any], dict[Any, Any], Path], stage: str, batch: str
+) -> None:
+    for sizes in results[:2]:
+        for part in ("policy", "critic"):
+            assert largest_difference(sizes[stage, batch][part], sizes["1", batch][part]) < 1e-6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_go_on_from_a_save_bit_by_bit(
+    results: tuple[dict[Any, Any], dict[Any, Any], Path], stage: str
+) -> None:
+    for sizes in results[:2]:
+        for batch in BATCHES:
+            assert all(sizes[stage, batch]["resumed"].values())
+
+
+def test_what_rank_0_shares_every_rank_has(results: tuple[dict[Any, Any], dict[Any, Any], Path]) -> None:
+    for size, rank in ((1, 0), (2, 0), (2, 1)):
+        shared = torch.load(results[2] / f"shared-{size}-{rank}.pt", weights_only=True)
+        assert shared["received"] == {
+            "ids": ("<U8", ["p1", "prompt ü"]),
+            "numbers": ("int32", [0, 1, 2, 3, 4]),
+            "none": ("float64", []),
+        }
+        assert shared["nothing"] == {}

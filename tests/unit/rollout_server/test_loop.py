@@ -1,0 +1,554 @@
+"""Claims about the rollout server, against a trainer written out here: a scripted engine, a transport in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+from asyncppo.config import Config, from_tree
+from asyncppo.errors import EngineError, RefusedError, UserError
+from asyncppo.messages import (
+    PROTOCOL,
+    Ack,
+    Cancel,
+    Failed,
+    Goodbye,
+    Group,
+    Hello,
+    Lease,
+    Message,
+    Pulse,
+    Refused,
+    Status,
+    Stop,
+    SwapFailed,
+    Swapped,
+    Unknown,
+    WeightsReady,
+    Welcome,
+)
+from asyncppo.transport.memory import MemoryHub
+from asyncppo.weights import write_manifest
+from rollout_server.engine import UNLOADED, ScriptedEngine
+from rollout_server.loop import RolloutServer
+from rollout_server.reward import Grade, Grader
+
+pytestmark = pytest.mark.unit
+
+M = TypeVar("M", bound=Message)
+TOKENS = 8
+HEARTBEAT_S = 0.05
+
+
+class ScriptedGrader(Grader):
+    """1 where the text is the answer; without processes."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    async def grade(self, texts: Sequence[str], answer: str) -> list[Grade]:
+        return [Grade(float(text == answer), error=text == "?") for text in texts]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def script(prompt: tuple[int, ...], index: int, version: int) -> list[tuple[int, float]]:
+    """Response i to a prompt p under version v: TOKENS times 100 v + 10 i + p."""
+    return [(100 * version + 10 * index + prompt[0], -0.25 * (index + 1))] * TOKENS
+
+
+class World:
+    """One server under test, and the trainer's end of its line."""
+
+    def __init__(
+        self, directory: Path, token_s: float = 0.0, on_load: Callable[[Path, int], None] | None = None
+    ) -> None:
+        self.directory = directory
+        (directory / "config.json").write_text("{}")
+        (directory / "tokenizer.json").write_text("{}")
+        self.config = self.make_config()
+        self.hub = MemoryHub()
+        self.engine = ScriptedEngine(script, lambda ids: str(ids[-1]), token_s, on_load)
+        self.grader = ScriptedGrader()
+        self.peer = b""
+        self.heard: list[Message] = []
+        self.server: RolloutServer
+        self.running: asyncio.Task[None]
+
+    def make_config(self, **rollout: Any) -> Config:
+        tree = {
+            "data": {"train": "x"},
+            "actor": {"path": str(self.directory)},
+            "stream": {"heartbeat_s": HEARTBEAT_S},
+            "sampling": {"group_size": 2, "max_response_tokens": TOKENS},
+            "rollout": {"max_groups": 4, "connect_timeout_s": 5, "start_timeout_s": 2, "swap_timeout_s": 2} | rollout,
+        }
+        return from_tree(tree)
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[RolloutServer]:
+        """The server runs within; at the end it is stopped and has ended without an error."""
+        self.start()
+        yield self.server
+        self.server.stop("the test is over")
+        await self.running
+
+    def start(self) -> None:
+        link = self.hub.link(b"me")
+        self.server = RolloutServer(self.config, link, self.engine, self.grader, "me", str(self.directory), "i1")
+        self.running = asyncio.create_task(self.server.run())
+
+    def send(self, *messages: Message) -> None:
+        for message in messages:
+            self.hub.send(self.peer or b"me", message)
+
+    async def expect(self, kind: type[M], **fields: Any) -> M:
+        """The next message of this kind with these fields; others that come before it are put on `heard`."""
+        while True:
+            got = self.hub.receive(0)
+            if got is None:
+                if self.running.done():
+                    await self.running
+                    raise AssertionError(f"the server ended while the test waited for {kind.__name__}")
+                await asyncio.sleep(0.002)
+                continue
+            self.peer, message = got
+            if isinstance(message, kind) and all(getattr(message, name) == value for name, value in fields.items()):
+                return message
+            self.heard.append(message)
+
+    async def quiet(self, seconds: float) -> list[Message]:
+        """What comes within so many seconds, heartbeats left out."""
+        await asyncio.sleep(seconds)
+        came = []
+        while (got := self.hub.receive(0)) is not None:
+            if not isinstance(got[1], Status):
+                came.append(got[1])
+        return came
+
+    def publish(self, version: int) -> WeightsReady:
+        directory = self.directory / f"v{version}"
+        directory.mkdir()
+        (directory / "model.safetensors").write_text(f"weights {version}")
+        manifest = write_manifest(directory, version)
+        return WeightsReady(policy_version=version, directory=str(directory), manifest=manifest)
+
+    async def welcome(self, version: int = 0) -> WeightsReady:
+        """Hello, Welcome, the first weights, Swapped."""
+        await self.expect(Hello)
+        ready = self.publish(version)
+        self.send(welcome(), ready)
+        await self.expect(Swapped, policy_version=version)
+        return ready
+
+
+def welcome(trainer: str = "t1") -> Welcome:
+    return Welcome(run="r", heartbeat_s=HEARTBEAT_S, trainer=trainer)
+
+
+def a_lease(number: int, token: int = 7, answer: str = "7", group_size: int = 2) -> Lease:
+    return Lease(
+        lease=number,
+        epoch=0,
+        prompt_id=str(number),
+        prompt_ids=np.array([token], np.int32),
+        answer=answer,
+        group_size=group_size,
+        purpose="train",
+    )
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(30):
+            await scenario
+
+    asyncio.run(limited())
+
+
+def test_hello_says_what_the_trainer_has_to_agree_with_and_the_engine_starts_only_after_welcome(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            hello = await world.expect(Hello)
+            assert (hello.protocol, hello.server, hello.incarnation, hello.capacity) == (PROTOCOL, "me", "i1", 4)
+            assert hello.agreement == world.config.agreement_hash()
+            assert hello.engine == "scripted"
+            await world.expect(Hello)  # said again until it is answered
+            assert not await world.engine.healthy()
+            world.send(welcome())
+            await world.expect(Status)
+            assert await world.engine.healthy()
+
+    run(scenario())
+
+
+def test_a_lease_becomes_a_group_with_tokens_logprobs_spans_and_rewards(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            await world.welcome()
+            world.send(a_lease(11))
+            group = await world.expect(Group)
+            group.check(2)
+            assert group.lease == 11
+            assert group.response_ids.tolist() == [7] * TOKENS + [17] * TOKENS
+            assert group.behaviour_logprobs.tolist() == [-0.25] * TOKENS + [-0.5] * TOKENS
+            assert group.lengths.tolist() == [TOKENS, TOKENS]
+            assert (group.span_versions.tolist(), group.span_lengths.tolist()) == ([0, 0], [TOKENS, TOKENS])
+            assert group.rewards.tolist() == [1.0, 0.0]
+            assert (group.truncated.tolist(), group.reward_errors.tolist()) == ([0, 0], [0, 0])
+            world.send(Ack(lease=11))
+            status = await world.expect(Status, unacknowledged=0, responses=2)
+            assert (status.tokens, status.groups_in_flight, status.policy_version) == (2 * TOKENS, 0, 0)
+            assert status.state == "waiting for leases"
+            assert status.idle_s > 0
+
+    run(scenario())
+
+
+def test_nothing_is_generated_before_the_first_published_weights_are_loaded(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            await world.expect(Hello)
+            world.send(welcome(), a_lease(1))
+            status = await world.expect(Status, groups_in_flight=1)
+            assert (status.state, status.policy_version) == ("starting", UNLOADED)
+            assert world.engine.generating == 0
+            world.send(world.publish(5))
+            await world.expect(Swapped, policy_version=5)
+            assert (await world.expect(Group)).span_versions.tolist() == [5, 5]
+
+    run(scenario())
+
+
+def test_a_swap_in_the_middle_of_a_generation_shows_in_tokens_and_spans(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=0.03)
+        async with world.serving():
+            await world.welcome(0)
+            world.send(a_lease(1, group_size=1))
+            await world.expect(Status, state="generating")
+            world.send(world.publish(1))
+            group = await world.expect(Group)
+            before, after = group.span_lengths.tolist()
+            assert group.span_versions.tolist() == [0, 1]
+            assert group.response_ids.tolist() == [7] * before + [107] * after
+            assert before + after == TOKENS
+
+    run(scenario())
+
+
+def test_a_group_is_sent_again_after_a_new_hello_until_it_is_acknowledged(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            ready = await world.welcome()
+            world.send(a_lease(1))
+            first = await world.expect(Group, lease=1)
+            world.send(Unknown())  # the trainer lost its memory; the acknowledgement never came
+            await world.expect(Hello)
+            world.send(welcome("t2"), ready)
+            again = await world.expect(Group, lease=1)
+            assert again.response_ids.tolist() == first.response_ids.tolist()
+            await world.expect(Swapped, policy_version=0)  # confirmed to the new trainer, without loading it again
+            world.send(Ack(lease=1))
+            await world.expect(Status, unacknowledged=0)
+
+    run(scenario())
+
+
+def test_a_group_whose_ack_was_lost_is_sent_again_on_the_same_connection(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            await world.welcome()
+            world.send(a_lease(1))
+            await world.expect(Group, lease=1)
+            pulses = asyncio.create_task(pulse(world))
+            await world.expect(Group, lease=1)
+            world.send(Ack(lease=1))
+            await world.expect(Status, unacknowledged=0)
+            pulses.cancel()
+            assert not any(isinstance(message, Hello) for message in world.heard)
+
+    run(scenario())
+
+
+async def pulse(world: World, version: int = 0) -> None:
+    while True:
+        world.send(Pulse(policy_version=version))
+        await asyncio.sleep(HEARTBEAT_S)
+
+
+def test_a_silent_trainer_hears_hello_again_after_ten_heartbeats(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            await world.welcome()
+            started = time.monotonic()
+            await world.expect(Hello)
+            assert time.monotonic() - started > 9 * HEARTBEAT_S
+
+    run(scenario())
+
+
+def test_a_pulse_with_a_version_that_was_never_announced_here_makes_the_server_say_hello(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            await world.welcome(0)
+            ready = world.publish(1)  # its announcement is lost on the way
+            world.send(Pulse(policy_version=1))
+            await world.expect(Hello)
+            world.send(welcome(), ready)
+            await world.expect(Swapped, policy_version=1)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["unknown", "another trainer"])
+def test_leases_in_progress_are_void_for_a_trainer_that_does_not_know_them(tmp_path: Path, how: str) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=0.12)  # an answer takes longer than the silence
+        async with world.serving():
+            ready = await world.welcome()
+            world.send(a_lease(1))
+            await world.expect(Status, state="generating")
+            if how == "unknown":
+                world.send(Unknown())
+            await world.expect(Hello)
+            world.send(welcome("t2"), ready, a_lease(1, token=9))  # the number comes again, for another prompt
+            pulses = asyncio.create_task(pulse(world))
+            group = await world.expect(Group, lease=1)
+            pulses.cancel()
+            assert group.response_ids.tolist() == [9] * TOKENS + [19] * TOKENS
+            assert not any(isinstance(message, Group) for message in world.heard)
+
+    run(scenario())
+
+
+def test_leases_in_progress_outlive_a_silence_of_the_same_trainer(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=0.12)  # the answer takes longer than the silence
+        async with world.serving():
+            ready = await world.welcome()
+            world.send(a_lease(1))
+            await world.expect(Hello)
+            world.send(welcome(), ready)
+            pulses = asyncio.create_task(pulse(world))
+            assert (await world.expect(Group, lease=1)).response_ids[0] == 7
+            pulses.cancel()
+
+    run(scenario())
+
+
+def test_a_refusal_ends_the_server_with_its_reason_and_without_an_engine(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.start()
+        await world.expect(Hello)
+        world.send(Refused(reason="model: the trainer has a, the rollout server b"))
+        with pytest.raises(RefusedError, match="refused this server: model: the trainer has a"):
+            await world.running
+        assert world.engine.policy_version == UNLOADED
+        assert world.grader.closed
+
+    run(scenario())
+
+
+def test_a_server_without_a_trainer_gives_up_and_says_for_how_long_it_tried(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.config = world.make_config(connect_timeout_s=0.2)
+        world.start()
+        with pytest.raises(
+            UserError, match=r"no trainer answered within 0\.2 s \(rollout\.connect_timeout_s\)"
+        ) as caught:
+            await world.running
+        assert "\n" not in str(caught.value)
+        assert world.grader.closed
+
+    run(scenario())
+
+
+def test_a_lease_outlives_the_engine_that_died_under_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=0.01)
+        async with world.serving():
+            await world.welcome(3)
+            world.send(a_lease(1))
+            await world.expect(Status, state="generating")
+            world.engine.die()
+            assert (await world.expect(Swapped)).policy_version == 3  # the restarted engine got its weights back
+            group = await world.expect(Group)
+            assert group.span_versions.tolist() == [3, 3]
+            world.send(Ack(lease=1))
+            status = await world.expect(Status, unacknowledged=0, groups_in_flight=0)
+            assert status.engine_restarts == 1
+
+    run(scenario())
+
+
+def test_an_idle_engine_that_dies_is_restarted_before_anybody_needs_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            await world.welcome(3)
+            world.engine.die()
+            await world.expect(Swapped, policy_version=3)
+            await world.expect(Status, engine_restarts=1)
+
+    run(scenario())
+
+
+def test_a_lease_that_fails_twice_is_given_back_with_the_reason(tmp_path: Path) -> None:
+    class Refusing(ScriptedEngine):
+        attempts = 0
+
+        async def generate(self, *args: Any) -> Any:
+            self.attempts += 1
+            raise EngineError("HTTP 400: this prompt is too long")
+
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.engine = Refusing(script, str)
+        async with world.serving():
+            await world.welcome()
+            world.send(a_lease(1))
+            failed = await world.expect(Failed, lease=1)
+            assert failed.reason == "HTTP 400: this prompt is too long"
+            assert world.engine.attempts == 2
+            await world.expect(Status, groups_in_flight=0, unacknowledged=0, engine_restarts=0)
+
+    run(scenario())
+
+
+def test_an_engine_that_dies_again_and_again_ends_the_server(tmp_path: Path) -> None:
+    class Dying(ScriptedEngine):
+        async def generate(self, *args: Any) -> Any:
+            self.die()
+            raise EngineError("gone")
+
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.engine = Dying(script, str)
+        world.start()
+        await world.welcome()
+        with pytest.raises(EngineError, match="scripted failed 4 times and answered nothing in between"):
+            await lease_for_ever(world)
+
+    run(scenario())
+
+
+async def lease_for_ever(world: World) -> None:
+    while True:
+        world.send(a_lease(1))
+        await world.expect(Failed)
+
+
+def test_weights_that_do_not_load_leave_the_server_generating_with_the_old_ones(tmp_path: Path) -> None:
+    def on_load(directory: Path, version: int) -> None:
+        if version == 1:
+            raise EngineError("shapes differ")
+
+    async def scenario() -> None:
+        world = World(tmp_path, on_load=on_load)
+        async with world.serving():
+            await world.welcome(0)
+            world.send(world.publish(1))
+            assert (await world.expect(SwapFailed, policy_version=1)).reason == "shapes differ"
+            world.send(a_lease(1))
+            assert (await world.expect(Group)).span_versions.tolist() == [0, 0]
+            world.send(Ack(lease=1), world.publish(2))
+            await world.expect(Swapped, policy_version=2)
+
+    run(scenario())
+
+
+def test_a_cancelled_lease_stops_generating_and_is_never_sent(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=0.05)
+        async with world.serving():
+            await world.welcome()
+            world.send(a_lease(1), a_lease(2))
+            await world.expect(Status, groups_in_flight=2, state="generating")
+            world.send(Cancel(leases=[1, 99]))
+            await world.expect(Status, groups_in_flight=1)
+            assert world.engine.generating == 1
+            assert (await world.expect(Group)).lease == 2
+            assert not any(isinstance(message, Group) for message in await world.quiet(0.5))
+
+    run(scenario())
+
+
+def test_an_ack_for_a_lease_in_progress_ends_it_as_it_is_no_longer_wanted(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=0.05)
+        async with world.serving():
+            await world.welcome()
+            world.send(a_lease(1))
+            await world.expect(Status, state="generating")
+            world.send(Ack(lease=1))
+            await world.expect(Status, groups_in_flight=0, state="waiting for leases")
+            assert world.engine.generating == 0
+
+    run(scenario())
+
+
+def test_a_lease_of_no_responses_is_given_back_and_the_server_lives(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            await world.welcome()
+            world.send(a_lease(1, group_size=0), a_lease(2))
+            assert "expected at least 1" in (await world.expect(Failed, lease=1)).reason
+            await world.expect(Group, lease=2)
+
+    run(scenario())
+
+
+def test_a_message_that_does_not_decode_is_counted_and_dropped(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving() as server:
+            await world.welcome()
+            world.hub._peers[b"me"]([b"not msgpack"])
+            world.hub._peers[b"me"]([])
+            world.send(a_lease(1))
+            await world.expect(Group)
+            assert server.malformed == 2
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("who", ["trainer", "signal"])
+def test_a_stop_ends_leases_says_goodbye_and_closes_grader_and_engine(tmp_path: Path, who: str) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=1.0)
+        world.start()
+        await world.welcome()
+        world.send(a_lease(1))
+        await world.expect(Status, state="generating")
+        if who == "trainer":
+            world.send(Stop(reason="the run is complete"))
+            goodbye = await world.expect(Goodbye)
+            assert goodbye.reason == "the trainer says: the run is complete"
+        else:
+            world.server.stop("SIGTERM")
+            assert (await world.expect(Goodbye)).reason == "SIGTERM"
+        await world.running
+        assert world.grader.closed
+        assert not await world.engine.healthy()
+        assert world.engine.generating == 0
+
+    run(scenario())

@@ -1,0 +1,832 @@
+"""The intake, with scripted rollout servers on the in-process transport: who is let in, who gets what, what is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import pytest
+
+from asyncppo.config import Config
+from asyncppo.errors import ConservationError, StallError
+from asyncppo.messages import (
+    PROTOCOL,
+    Ack,
+    Cancel,
+    Failed,
+    Goodbye,
+    Group,
+    Lease,
+    Message,
+    Pulse,
+    Refused,
+    Stop,
+    SwapFailed,
+    Swapped,
+    Unknown,
+    WeightsReady,
+    Welcome,
+)
+from asyncppo.metrics import EVENTS_FILE, Journal, read
+from asyncppo.transport.memory import MemoryHub
+from tests.stream_maker import (
+    a_config,
+    a_group_of_version,
+    a_hello,
+    a_prompt,
+    a_status,
+    some_prompts,
+    weights_of,
+)
+from trainer.stream.buffer import BufferedGroup
+from trainer.stream.intake import Counts, Identity, Intake
+from trainer.stream.ledger import LedgerState
+
+pytestmark = pytest.mark.unit
+
+LONG = 10.0
+"""A wait that ends long before, unless something is broken."""
+QUIET = 0.2
+"""Four ticks of the intake: what does not come within them does not come."""
+
+T = TypeVar("T", bound=Message)
+
+
+class Server:
+    """A rollout server that does what the test says."""
+
+    def __init__(self, house: House, name: str, incarnation: str = "1", capacity: int = 4) -> None:
+        self._loop = house.loop
+        self.hello = a_hello(name, incarnation, capacity)
+        self.version = 0
+        self.answers_everything = False
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._unheard: list[Any] = []
+        self._link = self._in_loop(self._connect(house.hub, f"{name}/{incarnation}".encode()))
+
+    async def _connect(self, hub: MemoryHub, identity: bytes) -> Any:
+        link = hub.link(identity)
+        self._pump = asyncio.create_task(self._receive(link))
+        return link
+
+    async def _receive(self, link: Any) -> None:
+        while True:
+            message = await link.receive()
+            self._inbox.put(message)
+            if self.answers_everything and isinstance(message, WeightsReady):
+                self.version = message.policy_version
+                await link.send(swapped(self.version))
+            if self.answers_everything and isinstance(message, Lease):
+                await link.send(a_group_of_version(self.version, message.lease, message.group_size))
+
+    def _in_loop(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(LONG)
+
+    def say(self, *messages: Message) -> None:
+        for message in messages:
+            self._in_loop(self._link.send(message))
+
+    def hear(self, kind: type[T]) -> T:
+        """The next message of this kind; others are kept for later."""
+        deadline = time.monotonic() + LONG
+        while True:
+            for message in self._unheard:
+                if isinstance(message, kind):
+                    self._unheard.remove(message)
+                    return message
+            try:
+                self._unheard.append(self._inbox.get(timeout=max(0.0, deadline - time.monotonic())))
+            except queue.Empty:
+                raise AssertionError(f"no {kind.__name__} came, but {self._unheard}") from None
+
+    def hear_all(self, quiet_s: float = QUIET) -> list[Any]:
+        """Everything that comes until nothing does for a while; pulses are left out."""
+        time.sleep(quiet_s)
+        while not self._inbox.empty():
+            self._unheard.append(self._inbox.get())
+        heard, self._unheard = self._unheard, []
+        return [message for message in heard if not isinstance(message, Pulse)]
+
+    def join(self, version: int = 0) -> Server:
+        """Hello, and after the Welcome a swap to this version."""
+        self.say(self.hello)
+        self.hear(Welcome)
+        self.version = version
+        self.say(swapped(version))
+        return self
+
+    def leases(self, count: int) -> list[Lease]:
+        return [self.hear(Lease) for _ in range(count)]
+
+    def answer(self, *leases: Lease, version: int | None = None) -> None:
+        for lease in leases:
+            served = self.version if version is None else version
+            self.say(a_group_of_version(served, lease.lease, lease.group_size))
+            assert self.hear(Ack).lease == lease.lease
+
+    def vanish(self) -> None:
+        """Without a Goodbye."""
+        self._link.close()
+
+
+class House:
+    """An intake on a MemoryHub, and an event loop for its servers."""
+
+    def __init__(self, directory: Path, config: Config, state: LedgerState | None, prompts: int) -> None:
+        self.directory = directory
+        self.hub = MemoryHub()
+        self.journal = Journal(directory)
+        identity = Identity("agreement", "model", "tokenizer")
+        self.intake = Intake(config, self.hub, some_prompts(prompts), identity, self.journal)
+        self.loop = asyncio.new_event_loop()
+        self._loop_thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._loop_thread.start()
+        self.learner = ThreadPoolExecutor(1)
+        self.intake.start(state)
+
+    def server(self, name: str = "alice", incarnation: str = "1", capacity: int = 4) -> Server:
+        return Server(self, name, incarnation, capacity)
+
+    def announce(self, version: int) -> None:
+        self.intake.announce(weights_of(version))
+
+    def take(self, version: int) -> list[BufferedGroup]:
+        groups = self.intake.take(version, should_stop=lambda: False)
+        assert groups is not None
+        return groups
+
+    def taking(self, version: int) -> Future[list[BufferedGroup]]:
+        """`take` in a thread of its own."""
+        return self.learner.submit(self.take, version)
+
+    def evaluating(self, count: int, version: int, should_stop: Callable[[], bool] = lambda: False) -> Future[Any]:
+        prompts = [a_prompt(100 + number) for number in range(count)]
+        return self.learner.submit(self.intake.evaluate, prompts, version, should_stop)
+
+    def counts(self) -> Counts:
+        return self.intake.counts()
+
+    def waits_for(self, condition: Callable[[Counts], bool]) -> Counts:
+        """The counts, once they are so."""
+        deadline = time.monotonic() + LONG
+        while not condition(counts := self.counts()):
+            assert time.monotonic() < deadline, counts
+            time.sleep(0.005)
+        return counts
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        return [entry for entry in read(self.directory / EVENTS_FILE) if entry["event"] == event]
+
+    def close(self) -> None:
+        if self.loop.is_closed():
+            return
+        self.intake.close("the test is over")
+        self.journal.close()
+        self.learner.shutdown()
+
+        async def end_all() -> None:
+            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end_all(), self.loop).result(LONG)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._loop_thread.join(LONG)
+        self.loop.close()
+
+
+Build = Callable[..., House]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Iterator[Build]:
+    """Makes houses: `build(batch=2, stream={...})`; by default B = 2, η = 1, 4 steps."""
+    houses: list[House] = []
+
+    def make(state: LedgerState | None = None, prompts: int = 5, **config: Any) -> House:
+        houses.append(House(tmp_path / str(len(houses)), a_config(**config), state, prompts))
+        return houses[-1]
+
+    yield make
+    for house in houses:
+        house.close()
+
+
+def swapped(version: int) -> Swapped:
+    return Swapped(policy_version=version, verify_s=0.5, pause_s=0.25, load_s=0.125, resume_s=0.0625)
+
+
+def names(leases: list[Lease]) -> list[str]:
+    return [lease.prompt_id for lease in leases]
+
+
+# --- who is let in ---------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_fits_is_welcome_and_is_told_the_newest_weights(build: Build) -> None:
+    house = build(run={"name": "demo"}, stream={"heartbeat_s": 1.5})
+    house.announce(0)
+    house.announce(1)
+    alice = house.server()
+    alice.say(alice.hello)
+    welcome, weights = alice.hear_all()
+    assert (welcome.run, welcome.heartbeat_s) == ("demo", 1.5)
+    assert welcome.trainer
+    assert (weights.policy_version, weights.directory, weights.manifest) == (1, "/weights/1", "checksum-1")
+    assert house.counts().servers == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"protocol": PROTOCOL + 1}, r"protocol: the trainer has 1, the rollout server 2; install one version"),
+        ({"model": "other"}, r"model: the trainer has model, the rollout server other; its config\.json differs"),
+        ({"tokenizer": "other"}, r"tokenizer: .*its tokenizer\.json differs"),
+        ({"agreement": "other"}, r"sampling and reward settings: .*one config file"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_turned_away_with_the_reason(
+    build: Build, changes: dict[str, Any], reason: str
+) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server()
+    alice.say(msgspec.structs.replace(alice.hello, **changes), swapped(0))
+    refused, unknown = alice.hear_all()
+    assert isinstance(refused, Refused)
+    assert isinstance(unknown, Unknown)
+    assert re.search(reason, refused.reason)
+    assert house.counts().servers == 0
+    assert house.counts().admitted == 0
+
+
+def test_a_server_gets_leases_only_after_its_swap(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server()
+    alice.say(alice.hello, a_status(-1), SwapFailed(policy_version=0, reason="no such directory"))
+    assert [type(message) for message in alice.hear_all()] == [Welcome, WeightsReady]
+    alice.say(swapped(0))
+    first = alice.hear(Lease)
+    assert (first.epoch, first.prompt_id, first.answer, first.group_size, first.purpose) == (0, "p0", "0", 2, "train")
+    assert first.prompt_ids.tolist() == [0, 1, 2]
+    assert [event["reason"] for event in house.events("swap_failed")] == ["no such directory"]
+    assert house.counts().swap_pause_s == 0.25 + 0.125 + 0.0625
+
+
+def test_a_second_hello_of_the_same_process_changes_nothing(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server().join()
+    leases = alice.leases(4)
+    alice.say(alice.hello)
+    assert [type(message) for message in alice.hear_all()] == [WeightsReady, Welcome, WeightsReady]
+    alice.answer(*leases)
+    assert house.counts().dropped == {}
+    assert house.counts().servers == 1
+
+
+def test_strangers_are_told_that_they_are_unknown(build: Build) -> None:
+    house = build()
+    alice = house.server()
+    alice.say(a_status(), a_group_of_version(0, lease=1), Goodbye(reason=""))
+    assert [type(message) for message in alice.hear_all()] == [Unknown, Unknown, Unknown]
+    assert house.counts().servers == 0
+
+
+def test_every_server_is_told_of_new_weights_and_of_the_trainers_pulse(build: Build) -> None:
+    house = build(stream={"heartbeat_s": 0.1})
+    house.announce(0)
+    servers = [house.server(name).join() for name in ("alice", "bob")]
+    house.announce(1)
+    for server in servers:
+        assert [server.hear(WeightsReady).policy_version for _ in range(2)] == [0, 1]
+        while server.hear(Pulse).policy_version != 1:
+            pass
+
+
+# --- who gets what ---------------------------------------------------------------------------------------------------
+
+
+def test_admission_ends_at_bound_plus_one_batches_and_goes_on_with_the_next_version(build: Build) -> None:
+    house = build(batch=2, max_staleness=1)
+    house.announce(0)
+    alice = house.server(capacity=100).join()
+    leases = alice.leases(4)
+    assert alice.hear_all() != []
+    alice.answer(*leases[:2])
+    house.take(0)
+    assert alice.hear_all() == []  # still served by version 0: they would be due at 1, as the two in flight
+    house.announce(1)
+    alice.say(swapped(1))
+    assert names(alice.leases(2)) == ["p4", "p0"]
+    assert [type(message) for message in alice.hear_all()] == [WeightsReady]
+
+
+def test_a_servers_capacity_is_never_exceeded(build: Build) -> None:
+    house = build(batch=8, max_staleness=1)
+    house.announce(0)
+    alice, bob = house.server("alice", capacity=3).join(), house.server("bob", capacity=1).join()
+    leases = alice.leases(3)
+    bob.leases(1)
+    assert not [m for m in alice.hear_all() + bob.hear_all() if isinstance(m, Lease)]
+    alice.answer(leases[0])
+    alice.leases(1)
+    assert alice.hear_all() == []
+    assert house.counts().in_flight == 4
+
+
+def test_the_least_busy_server_is_served_first(build: Build) -> None:
+    house = build(batch=2, max_staleness=3)
+    house.announce(0)
+    alice = house.server("alice", capacity=4).join()
+    leases = alice.leases(4)
+    alice.answer(*leases[:2])  # a whole batch is ready: nothing is leased, alice keeps 2 of 4
+    bob = house.server("bob", capacity=4).join()
+    assert [type(message) for message in bob.hear_all()] == [WeightsReady]
+    house.take(0)  # now 4 more may be: to bob until he has 2 of 4 too, then to each in turn
+    assert len(bob.leases(3)) == 3
+    assert len(alice.leases(1)) == 1
+    assert not [m for m in alice.hear_all() + bob.hear_all() if isinstance(m, Lease)]
+
+
+def test_a_server_that_lags_too_far_behind_gets_nothing_until_it_swaps(build: Build) -> None:
+    house = build(max_staleness=1)
+    house.announce(2)
+    alice = house.server().join(version=0)
+    assert [type(message) for message in alice.hear_all()] == [WeightsReady]
+    alice.say(swapped(1))
+    alice.leases(2)  # due at 2, which is about to be trained: one batch, not two
+    assert alice.hear_all() == []
+
+
+def test_no_prompt_is_leased_while_enough_batches_wait(build: Build) -> None:
+    house = build(batch=2, max_staleness=4, stream={"ready_batches": 2})
+    house.announce(0)
+    alice = house.server(capacity=4).join()
+    alice.answer(*alice.leases(3))
+    alice.answer(alice.leases(1)[0])  # two batches are ready
+    house.waits_for(lambda counts: counts.buffered == 4)
+    held = len([message for message in alice.hear_all() if isinstance(message, Lease)])
+    assert house.counts().admitted == 4 + held
+    assert alice.hear_all() == []
+
+
+def test_the_end_of_the_run_admits_exactly_what_it_needs(build: Build) -> None:
+    house = build(steps=3, batch=2, max_staleness=4)
+    alice = house.server(capacity=50)
+    alice.answers_everything = True
+    alice.say(alice.hello)
+    for version in range(3):
+        house.announce(version)
+        assert len(house.take(version)) == 2
+    counts = house.waits_for(lambda counts: counts.in_flight == 0)
+    time.sleep(QUIET)
+    assert (counts.admitted, counts.consumed, counts.dropped) == (6, 6, {})
+    assert house.counts() == counts
+
+
+def test_a_batch_has_its_groups_prompts_and_epochs(build: Build) -> None:
+    house = build(prompts=3)
+    house.announce(0)
+    alice = house.server().join()
+    leases = alice.leases(4)
+    assert [(lease.epoch, lease.prompt_id) for lease in leases] == [(0, "p0"), (0, "p1"), (0, "p2"), (1, "p0")]
+    alice.answer(leases[3], leases[1])
+    taken = house.take(0)
+    assert [(held.lease, held.epoch, held.prompt.prompt_id) for held in taken] == [
+        (leases[1].lease, 0, "p1"),
+        (leases[3].lease, 1, "p0"),
+    ]
+    assert taken[0].group.response_ids.tolist() == [0, 1, 100, 101]
+    counts = house.counts()
+    assert (counts.consumed, counts.in_flight, counts.buffered) == (2, 2, 0)
+
+
+def test_take_waits_for_a_slow_group_that_is_due(build: Build) -> None:
+    house = build(batch=2, max_staleness=1)
+    house.announce(0)
+    alice = house.server(capacity=6).join()
+    leases = alice.leases(4)
+    alice.answer(*leases[:3])
+    house.take(0)
+    house.announce(1)
+    alice.join(version=1)
+    alice.answer(*alice.leases(2))  # both overtake the slow one
+    taking = house.taking(1)
+    time.sleep(QUIET)
+    assert not taking.done()
+    alice.answer(leases[3], version=0)
+    assert sorted(held.lease for held in taking.result(LONG)) == sorted([leases[2].lease, leases[3].lease])
+
+
+# --- what is lost ----------------------------------------------------------------------------------------------------
+
+
+def test_a_servers_goodbye_gives_its_prompts_to_another(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server("alice").join()
+    lost = alice.leases(4)
+    alice.answer(lost[0])  # has arrived: it is not lost with its server
+    alice.say(Goodbye(reason="SIGTERM"))
+    bob = house.server("bob").join()
+    assert names(bob.leases(3)) == names(lost[1:])
+    counts = house.counts()
+    assert (counts.servers, counts.buffered, counts.in_flight, counts.dropped) == (1, 1, 3, {"server left": 3})
+    assert house.events("server_left")[0]["leased_again"] == 3
+
+
+def test_a_dead_servers_prompts_are_leased_again(build: Build) -> None:
+    house = build(stream={"heartbeat_s": 0.03})
+    house.announce(0)
+    alice = house.server("alice").join()
+    lost = alice.leases(4)
+    for _ in range(20):  # as long as it speaks, it lives
+        time.sleep(0.03)
+        alice.say(a_status())
+    assert house.counts().servers == 1
+    house.waits_for(lambda counts: counts.servers == 0)
+    bob = house.server("bob").join()
+    assert names(bob.leases(4)) == names(lost)
+    assert "nothing heard" in house.events("server_left")[0]["reason"]
+    alice.say(a_group_of_version(0, lost[0].lease))
+    assert isinstance(alice.hear(Unknown), Unknown)
+
+
+def test_a_new_process_of_the_same_name_takes_the_place_of_the_old_one(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    lost = house.server("alice", incarnation="1").join().leases(4)
+    new = house.server("alice", incarnation="2").join()
+    assert names(new.leases(4)) == names(lost)
+    assert house.counts().servers == 1
+    assert house.counts().dropped == {"server left": 4}
+
+
+def test_a_new_process_under_the_same_identity_takes_the_place_of_the_old_one(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server("alice").join()
+    lost = alice.leases(4)
+    alice.hello = msgspec.structs.replace(alice.hello, incarnation="2")
+    alice.hear(WeightsReady)
+    alice.say(alice.hello)
+    assert [type(message) for message in alice.hear_all()] == [Welcome, WeightsReady]  # no lease before its swap
+    alice.say(swapped(0))
+    assert names(alice.leases(4)) == names(lost)
+    assert house.counts().servers == 1
+
+
+def test_a_failed_lease_is_given_out_again(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server().join()
+    leases = alice.leases(4)
+    alice.say(Failed(lease=leases[1].lease, reason="the engine is down"))
+    (again,) = alice.leases(1)
+    assert again.prompt_id == "p1"
+    assert again.lease != leases[1].lease
+    alice.say(Failed(lease=leases[1].lease, reason="again"), Failed(lease=999, reason="never leased"))
+    alice.answer(again)
+    assert house.counts().dropped == {"not completed": 1}
+    assert "the engine is down" in house.events("lease_returned")[0]["reason"]
+
+
+def test_an_expired_lease_is_cancelled_and_given_out_again(build: Build) -> None:
+    house = build(steps=1, batch=1, max_staleness=0, stream={"lease_timeout_s": 0.3})
+    house.announce(0)
+    alice = house.server("alice", capacity=1).join()
+    (slow,) = alice.leases(1)
+    assert alice.hear(Cancel).leases == [slow.lease]
+    (again,) = alice.leases(1)
+    assert again.prompt_id == slow.prompt_id
+    alice.answer(slow)  # too late: acknowledged, so that it is forgotten, and ignored
+    assert house.counts().buffered == 0
+    alice.answer(again)
+    assert [held.lease for held in house.take(0)] == [again.lease]
+    assert house.counts().dropped == {"not completed": 1}
+
+
+def test_a_server_that_a_lease_cannot_be_sent_to_leaves_the_pool(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server("alice", capacity=1).join()
+    (lease,) = alice.leases(1)
+    alice.vanish()
+    alice.say(Failed(lease=lease.lease, reason="lost"))  # so it has room for a lease again
+    house.waits_for(lambda counts: counts.servers == 0)
+    assert "cannot be reached" in house.events("server_left")[0]["reason"]
+    assert names(house.server("bob").join().leases(2)) == ["p0", "p1"]
+
+
+def test_a_duplicate_group_is_acknowledged_and_ignored(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server().join()
+    leases = alice.leases(4)
+    alice.answer(leases[0])
+    alice.answer(leases[0])
+    assert house.counts().buffered == 1
+    alice.answer(leases[1])
+    house.take(0)
+    alice.answer(leases[0])
+    counts = house.counts()
+    assert (counts.consumed, counts.buffered, counts.in_flight, counts.malformed) == (2, 0, 2, 0)
+
+
+def test_a_group_for_another_servers_lease_is_acknowledged_and_ignored(build: Build) -> None:
+    house = build(batch=1, max_staleness=0)
+    house.announce(0)
+    alice, bob = house.server("alice").join(), house.server("bob")
+    (lease,) = alice.leases(1)
+    bob.join()
+    bob.answer(lease)
+    bob.say(Failed(lease=lease.lease, reason="not mine"))
+    assert house.counts().in_flight == 1
+    alice.answer(lease)
+    assert house.counts().dropped == {}
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        a_group_of_version(0, responses=3),  # another group size
+        a_group_of_version(1),  # a version that was not published
+        msgspec.structs.replace(a_group_of_version(0), rewards=np.full(2, np.nan, np.float32)),
+    ],
+    ids=["size", "version", "rewards"],
+)
+def test_a_malformed_group_is_counted_and_its_prompt_leased_again(build: Build, group: Group) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server().join()
+    leases = alice.leases(4)
+    alice.say(msgspec.structs.replace(group, lease=leases[2].lease))
+    assert alice.hear(Ack).lease == leases[2].lease
+    (again,) = alice.leases(1)
+    assert again.prompt_id == "p2"
+    counts = house.counts()
+    assert (counts.malformed, counts.dropped, counts.buffered, counts.in_flight) == (1, {"malformed": 1}, 0, 4)
+
+
+def test_a_message_that_does_not_decode_is_counted_and_the_next_one_is_heard(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    for _ in range(30):
+        house.hub._inbox.put((b"stranger", [b"\xc1nonsense"]))
+    house.server().join().leases(4)
+    assert house.counts().malformed == 30
+
+
+def test_a_group_that_became_too_stale_is_dropped_and_its_prompt_leased_again(build: Build) -> None:
+    house = build(steps=2, batch=1, max_staleness=0)
+    house.announce(0)
+    alice = house.server().join()
+    (first,) = alice.leases(1)
+    alice.answer(first)
+    house.announce(1)  # version 0 was never trained, as after a resume from elsewhere
+    alice.say(swapped(1))
+    taking = house.taking(1)
+    (again,) = alice.leases(1)
+    assert again.prompt_id == first.prompt_id
+    alice.answer(again, version=1)
+    (held,) = taking.result(LONG)
+    assert (held.lease, held.oldest_version) == (again.lease, 1)
+    assert house.counts().dropped == {"too stale": 1}
+    assert [event["reason"] for event in house.events("dropped")] == ["too stale"]
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_problems_go_to_servers_of_that_version_and_never_enter_the_counts(build: Build) -> None:
+    house = build(batch=1, max_staleness=1, eval={"samples": 3})
+    house.announce(1)
+    old, new = house.server("old", capacity=2).join(version=0), house.server("new", capacity=2).join(version=1)
+    (trained,) = old.leases(1)
+    (also,) = new.leases(1)
+    before = house.counts()
+    evaluating = house.evaluating(3, version=1)
+    (first,) = new.leases(1)
+    assert (first.purpose, first.group_size, first.prompt_id, first.answer) == ("eval", 3, "p100", "100")
+    new.answer(first)
+    (second,) = new.leases(1)
+    new.say(Failed(lease=second.lease, reason="no"))  # goes back to the end
+    (third,) = new.leases(1)
+    assert third.prompt_id == "p102"
+    new.say(a_group_of_version(1, third.lease))  # 2 responses, not 3
+    again = []
+    for _ in range(2):
+        again += new.leases(1)
+        new.answer(again[-1])
+    groups = evaluating.result(LONG)
+    assert sorted(names(again)) == ["p101", "p102"]
+    by_prompt = {lease.prompt_id: lease.lease for lease in [first, *again]}
+    assert [group.lease for group in groups] == [by_prompt[f"p{n}"] for n in (100, 101, 102)]
+    assert not [message for message in old.hear_all() if isinstance(message, Lease)]
+    after = house.counts()
+    assert after.malformed == 1
+    assert (after.admitted, after.in_flight, after.dropped) == (before.admitted, before.in_flight, {})
+    old.answer(trained)
+    new.answer(also)
+
+
+def test_held_out_problems_of_a_server_that_leaves_go_to_another(build: Build) -> None:
+    house = build(steps=1, batch=1, max_staleness=0, eval={"samples": 1})
+    house.announce(0)
+    alice = house.server("alice", capacity=3).join()
+    alice.leases(1)
+    evaluating = house.evaluating(2, version=0)
+    assert names(alice.leases(2)) == ["p100", "p101"]
+    alice.say(Goodbye(reason=""))
+    bob = house.server("bob").join()
+    bob.answer(*[lease for lease in bob.leases(3) if lease.purpose == "eval"])
+    assert len(evaluating.result(LONG)) == 2
+
+
+def test_a_held_out_problem_that_is_not_answered_in_time_is_cancelled_and_given_out_again(build: Build) -> None:
+    house = build(steps=1, batch=1, max_staleness=0, eval={"samples": 1}, stream={"lease_timeout_s": 0.3})
+    house.announce(0)
+    alice = house.server("alice").join()
+    alice.answer(alice.leases(1)[0])
+    evaluating = house.evaluating(1, version=0)
+    (slow,) = alice.leases(1)
+    assert alice.hear(Cancel).leases == [slow.lease]
+    (again,) = alice.leases(1)
+    assert again.prompt_id == slow.prompt_id
+    alice.answer(again)
+    assert len(evaluating.result(LONG)) == 1
+
+
+def test_a_server_cannot_answer_or_fail_anothers_held_out_problem(build: Build) -> None:
+    house = build(steps=1, batch=1, max_staleness=0, eval={"samples": 1})
+    house.announce(0)
+    alice = house.server("alice", capacity=2).join()
+    alice.leases(1)
+    evaluating = house.evaluating(1, version=0)
+    (lease,) = alice.leases(1)
+    bob = house.server("bob", capacity=1).join()
+    bob.answer(lease)
+    bob.say(Failed(lease=lease.lease, reason="not mine"))
+    assert not [message for message in bob.hear_all() if isinstance(message, Lease)]
+    assert not evaluating.done()
+    alice.answer(lease)
+    assert [group.lease for group in evaluating.result(LONG)] == [lease.lease]
+
+
+def test_an_evaluation_waits_for_a_server_of_its_version_and_says_so_when_none_comes(build: Build) -> None:
+    house = build(stream={"batch_timeout_s": 0.3})
+    house.announce(1)
+    house.server().join(version=0)
+    with pytest.raises(StallError, match=r"answers to 2 held-out problems, 0 came; .*versions \[0\], wanted 1"):
+        house.evaluating(2, version=1).result(LONG)
+
+
+def test_an_evaluation_ends_on_a_stop(build: Build) -> None:
+    house = build()
+    asked = threading.Event()
+    evaluating = house.evaluating(2, 0, asked.is_set)
+    time.sleep(0.05)
+    asked.set()
+    assert evaluating.result(LONG) is None
+
+
+# --- how it ends -----------------------------------------------------------------------------------------------------
+
+
+def test_close_tells_every_server_to_stop(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    servers = [house.server(name).join() for name in ("alice", "bob")]
+    house.counts()
+    house.waits_for(lambda counts: counts.swaps == 2)
+    house.intake.close("the run is complete")
+    assert [server.hear(Stop).reason for server in servers] == ["the run is complete"] * 2
+
+
+def test_a_take_without_groups_ends_on_a_stop(build: Build) -> None:
+    house = build()
+    assert house.intake.take(0, should_stop=lambda: True) is None
+
+
+def test_a_stall_says_what_there_was(build: Build) -> None:
+    house = build(stream={"batch_timeout_s": 0.3})
+    house.announce(0)
+    alice = house.server(capacity=3).join()
+    alice.answer(alice.leases(3)[0])
+    message = (
+        r"waited 0(\.3)? s for a batch of 2 groups for version 0: 1 rollout servers, 3 groups in flight, 1 buffered; "
+        r"is a rollout server running.*stream\.batch_timeout_s"
+    )
+    alice.leases(1)
+    with pytest.raises(StallError, match=message):
+        house.take(0)
+
+
+def test_a_failure_in_the_thread_is_raised_by_every_method_of_the_learner(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = build()
+    taking = house.taking(0)
+
+    def fail(timeout_s: float) -> None:
+        raise RuntimeError("the socket is gone")
+
+    monkeypatch.setattr(house.hub, "receive", fail)
+    house.hub.wake()
+    with pytest.raises(RuntimeError, match="the socket is gone"):
+        taking.result(LONG)
+    for call in (
+        lambda: house.take(0),
+        lambda: house.announce(1),
+        lambda: house.intake.evaluate([], 0, lambda: False),
+        house.counts,
+        house.intake.state,
+        house.intake.oldest_served_version,
+    ):
+        with pytest.raises(RuntimeError, match="the socket is gone"):
+            call()
+
+
+def test_counts_that_do_not_add_up_end_the_run(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server().join()
+    alice.answer(*alice.leases(4)[:2])
+    house.intake._ledger.admitted += 1
+    with pytest.raises(ConservationError):
+        house.take(0)
+
+
+# --- what is reported ------------------------------------------------------------------------------------------------
+
+
+def test_the_oldest_served_version_is_that_of_the_slowest_server(build: Build) -> None:
+    house = build()
+    assert house.intake.oldest_served_version() is None
+    house.announce(3)
+    house.server("alice").join(version=3)
+    house.server("bob").join(version=2)
+    house.waits_for(lambda counts: counts.swaps == 2)
+    assert house.intake.oldest_served_version() == 2
+    carol = house.server("carol")
+    carol.say(carol.hello)
+    house.waits_for(lambda counts: counts.servers == 3)
+    assert house.intake.oldest_served_version() == -1  # it may be loading any of them
+
+
+def test_tokens_and_idle_time_are_those_of_all_servers_that_ever_were_each_once(build: Build) -> None:
+    house = build()
+    alice, bob = house.server("alice").join(), house.server("bob").join()
+    alice.say(a_status(tokens=100, idle_s=1.0))
+    alice.say(a_status(tokens=150, idle_s=2.0))
+    bob.say(a_status(tokens=7, idle_s=0.5))
+    house.waits_for(lambda counts: counts.tokens == 157 and counts.idle_s == 2.5)
+    alice.say(Goodbye(reason=""))
+    house.waits_for(lambda counts: counts.servers == 1)
+    assert house.counts().tokens == 157
+    alice.say(alice.hello, a_status(tokens=160, idle_s=2.0))  # it was only out of reach
+    counts = house.waits_for(lambda counts: counts.servers == 2 and counts.tokens != 157)
+    assert (counts.tokens, counts.idle_s) == (167, 2.5)
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_after_a_resume_every_prompt_is_consumed_exactly_once(build: Build) -> None:
+    steps, batch = 6, 2
+    consumed: list[tuple[int, str]] = []
+    state: LedgerState | None = None
+    for first, last in ((0, 2), (2, 3), (3, 6)):  # the trainer ends twice, and returns from its checkpoint
+        house = build(state, prompts=5, steps=steps, batch=batch, max_staleness=2, stream={"ready_batches": 3})
+        house.announce(first)
+        if last < steps:
+            house.server("bob", capacity=2).join(first).leases(2)  # never answered: in flight when the trainer ends
+        alice = house.server("alice", capacity=3)
+        alice.answers_everything = True
+        alice.say(alice.hello)
+        for version in range(first, last):
+            consumed += [(held.epoch, held.prompt.prompt_id) for held in house.take(version)]
+            house.announce(version + 1)
+        state = house.intake.state()
+        house.close()
+        assert state.consumed == last * batch
+        assert len(state.unconsumed) >= (2 if last < steps else 0)
+    assert len(consumed) == len(set(consumed)) == steps * batch
+    sequence = some_prompts(5).after(0)
+    leased = [next(sequence) for _ in range(state.next_position)]
+    left = [leased[position] for position in state.unconsumed]
+    assert sorted(consumed + [(epoch, prompt.prompt_id) for epoch, prompt in left]) == sorted(
+        (epoch, prompt.prompt_id) for epoch, prompt in leased
+    )
