@@ -349,6 +349,11 @@ class Config(Section, frozen=True, kw_only=True):
                 f"algorithm.critics is {self.algorithm.critics} but sampling.group_size is only "
                 f"{self.sampling.group_size}: disjoint shards need a response for each critic"
             )
+        if self.sampling.top_k in (0, 1):
+            raise ConfigError(
+                f"sampling.top_k is {self.sampling.top_k}: expected -1 (all tokens) or at least 2; SGLang takes 1 for "
+                "greedy and then reports log-probs without the temperature"
+            )
         if self.algorithm.critics == 0 and self.sampling.group_size == 1:
             raise ConfigError("algorithm.critics is 0 (GRPO) but sampling.group_size is 1: a group needs 2 or more")
         if int(self.stream.address.rpartition(":")[2]) > 65535:

@@ -12,7 +12,6 @@ none of them is left behind (`programs.Programs`).
 from __future__ import annotations
 
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from asyncppo.metrics import Journal
 from asyncppo.monitor.follow import Run
 from asyncppo.monitor.live import POLL_S, open_view
 from asyncppo.monitor.words import duration
+from asyncppo.ports import free_port
 from asyncppo.programs import Program, Programs, command
 from asyncppo.report.summary import Summary, summarize
 from asyncppo.report.text import draw_plots, show
@@ -75,7 +75,7 @@ def run_demo(config_path: Path, overrides: Sequence[str], name: str | None, cons
         raise ConfigError(f"{config_path}: the demo compares before and after: give eval.sets, at_start and at_end")
     settings = [*overrides, f"run.name={name or _free_name(config)}"]
     if not any(override.startswith("stream.address=") for override in overrides):
-        settings.append(f"stream.address=tcp://127.0.0.1:{_free_port()}")
+        settings.append(f"stream.address=tcp://127.0.0.1:{free_port()}")
     config = load(config_path, settings)
     if name is not None and config.run_directory.exists():
         raise ConfigError(f"--name {name}: {config.run_directory} exists already; choose another")
@@ -206,12 +206,6 @@ def _free_name(config: Config) -> str:
         number += 1
         name = f"{config.run.name}-{number}"
     return name
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # ---- the verdict ----

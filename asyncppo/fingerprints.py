@@ -30,6 +30,8 @@ def model_fingerprint(model: str) -> str:
         return _short(model.encode())
     try:
         config = json.loads((Path(model) / "config.json").read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
         raise ModelError(f"{model}: expected a Hugging Face model directory with a config.json: {error}") from None
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}

@@ -8,12 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterable
 
 import psutil
 
 _PR_SET_PDEATHSIG = 1
+
+SAME_REQUEST_S = 0.5
+"""Signals this close together are one request: the kernel announces a parent's death once for each of its threads."""
 
 
 def die_with_parent(parent: int, signal_number: int = signal.SIGTERM) -> None:
@@ -29,25 +32,43 @@ def die_with_parent(parent: int, signal_number: int = signal.SIGTERM) -> None:
             os.kill(os.getpid(), signal_number)
 
 
+def orphaned(parent: int, for_s: float) -> Callable[[], bool]:
+    """Whether the process that started this one has been gone for so long, counted from the first call that saw it."""
+    since: list[float] = []
+
+    def check() -> bool:
+        if os.getppid() == parent:
+            return False
+        since.append(time.monotonic())
+        return since[-1] - since[0] >= for_s
+
+    return check
+
+
 def stop_flag() -> Callable[[], bool]:
-    """Install handlers for SIGINT and SIGTERM; returns whether one came. A second one ends the process at once."""
-    asked = threading.Event()
+    """Install handlers for SIGINT and SIGTERM; returns whether one came.
+
+    A second one, `SAME_REQUEST_S` later or more, ends the process at once.
+    """
+    asked: list[float] = []
 
     def handle(number: int, _: object) -> None:
-        if asked.is_set():
+        now = time.monotonic()
+        if asked and now - asked[0] >= SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        asked.set()
+        asked.append(now)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
-    return asked.is_set
+    return lambda: bool(asked)
 
 
 def end(children: Iterable[subprocess.Popen[bytes]], limit_s: float) -> list[int]:
     """SIGTERM to children and all their descendants, SIGKILL after the limit; returns the pids that needed it."""
+    running = [child for child in children if child.poll() is None]  # another may have the pid of one that is gone
     family: list[psutil.Process] = []
-    for child in children:
+    for child in running:
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(child.pid)
             family += [process, *process.children(recursive=True)]
@@ -59,4 +80,7 @@ def end(children: Iterable[subprocess.Popen[bytes]], limit_s: float) -> list[int
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=5)
+    codes = {process.pid: getattr(process, "returncode", None) for process in family}
+    for child in running:
+        child.returncode = codes.get(child.pid)  # psutil has waited for it: Popen could not learn it any more
     return [process.pid for process in alive]

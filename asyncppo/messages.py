@@ -335,7 +335,8 @@ class Codec:
         total = sum(len(frame) for frame in frames)
         if len(frames[0]) > MAX_HEADER_BYTES or total > self._max_bytes:
             raise MessageError(
-                f"header of {len(frames[0])} bytes, {total} bytes in all; at most {MAX_HEADER_BYTES} and {self._max_bytes}"
+                f"header of {len(frames[0])} bytes, {total} bytes in all; "
+                f"at most {MAX_HEADER_BYTES} and {self._max_bytes}"
             )
         self._frames = frames
         self._used.clear()

@@ -65,7 +65,7 @@ def may_admit(due: Mapping[int, int], *, oldest_version: int, max_staleness: int
 
 
 def may_take(due: Mapping[int, int], taken: Iterable[int], *, version: int, batch: int) -> bool:
-    """Whether the groups that stay behind can still be consumed in time when those due at `taken` go into this batch."""
+    """Whether the groups that stay behind can still be consumed in time when those due at `taken` are this batch."""
     left = _possible(due, version)
     left.subtract(taken)
     return in_time(left, version=version + 1, batch=batch)

@@ -53,7 +53,10 @@ def verify(directory: Path, policy_version: int, manifest_checksum: str) -> None
         raise WeightsError(f"{directory}: expected version {policy_version}, found no {MANIFEST}")
     if checksum(path) != manifest_checksum:
         raise WeightsError(f"{path}: differs from the manifest that was announced for version {policy_version}")
-    manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path}: is no manifest as this version of asyncppo writes it: {error}") from None
     if manifest.policy_version != policy_version:
         raise WeightsError(f"{path}: holds version {manifest.policy_version}, expected {policy_version}")
     for name, expected in manifest.files.items():

@@ -22,7 +22,7 @@ import typer
 
 from asyncppo import config as configuration
 from asyncppo.config import Config
-from asyncppo.errors import AsyncPPOError, ConfigError, ModelError, RefusedError, UserError
+from asyncppo.errors import AddressError, AsyncPPOError, ConfigError, ModelError, RefusedError, UserError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -68,6 +68,8 @@ async def serve(
     from rollout_server.sglang_engine import SGLangEngine
 
     log = logging.getLogger("rollout_server")
+    if not re.fullmatch(r"tcp://.+:\d+", trainer):
+        raise AddressError(f"--trainer {trainer}: expected tcp://host:port")
     check_address(trainer, config.stream.insecure)
     engine = SGLangEngine(config, model, log_directory / f"sglang-{name}.log", engine_url)
     grader = Grader(config.reward)

@@ -18,8 +18,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from typing import Literal
 
 import numpy as np
@@ -164,15 +164,19 @@ class RolloutServer:
             self._stopping.set()
 
     async def _leave(self) -> None:
+        async with AsyncExitStack() as leaving:  # from the last to the first, whatever fails
+            leaving.callback(self._link.close)
+            leaving.push_async_callback(self._engine.close)
+            leaving.push_async_callback(asyncio.to_thread, self._grader.close)
+            leaving.push_async_callback(self._say_goodbye)
+
+    async def _say_goodbye(self) -> None:
         if self._welcomed.is_set():
             try:
                 async with asyncio.timeout(_GOODBYE_S):
                     await self._link.send(Goodbye(reason=self._stop_reason or "cancelled"))
             except TimeoutError:
                 log.warning("the trainer does not take a Goodbye")
-        await asyncio.to_thread(self._grader.close)
-        await self._engine.close()
-        self._link.close()
 
     # --- talking with the trainer ------------------------------------------------------------------------------------
 
@@ -445,7 +449,7 @@ class RolloutServer:
         waits for   Welcome, as long as `_saying_hello` does; then an interval or a suspicion
         """
         await self._welcomed.wait()
-        await self._engine.start()
+        await self._bring_up(self._engine.start)
         self._engine_started.set()
         while True:
             await _wait(self._suspicion, self._heartbeat_s)
@@ -461,15 +465,30 @@ class RolloutServer:
         self._serving.clear()
         self._note_idle()
         self._restarts += 1
+        self._count_failure("it is down")
+        log.warning("the engine is down: restarting it (%d so far)", self._restarts)
+        await self._bring_up(self._engine.restart)
+        self._swap.engine_restarted()
+
+    async def _bring_up(self, attempt: Callable[[], Awaitable[None]]) -> None:
+        """Start or restart the engine; one that fails to come up is tried again, with another port."""
+        while True:
+            try:
+                await attempt()
+            except EngineError as error:
+                self._count_failure(str(error))
+                log.warning("the engine did not come up and is tried again: %s", error)
+                attempt = self._engine.restart
+            else:
+                return
+
+    def _count_failure(self, why: str) -> None:
         self._restarts_in_a_row += 1
         if self._restarts_in_a_row > _RESTARTS_IN_A_ROW:
             raise EngineError(
                 f"{self._engine.description} failed {self._restarts_in_a_row} times and answered nothing in between: "
-                "its log says why"
+                f"its log says why; the last time: {why}"
             )
-        log.warning("the engine is down: restarting it (%d so far)", self._restarts)
-        await self._engine.restart()
-        self._swap.engine_restarted()
 
 
 def make_group(

@@ -8,7 +8,6 @@ pool's deadline is the limit.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import functools
 import importlib
 import logging
@@ -16,7 +15,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from asyncppo.config import RewardConfig
 from asyncppo.errors import UserError
+from asyncppo.lifetime import die_with_parent
 
 log = logging.getLogger("rollout_server.reward")
 
@@ -33,7 +32,6 @@ RewardFunction = Callable[[str, str], float]
 
 _START_S = 60.0
 """A worker must be up, with its imports, within this time."""
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -115,10 +113,7 @@ def find_function(name: str) -> RewardFunction:
 
 def _start_worker(parent: int, function: str) -> None:
     """Runs first in each worker: die with the server, leave signals to it, and import before the clock ticks."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(0)
+    die_with_parent(parent, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

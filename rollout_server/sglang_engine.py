@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 import uuid
@@ -30,6 +29,7 @@ import psutil
 from asyncppo.config import Config, RolloutConfig, SamplingConfig
 from asyncppo.errors import ConfigError, EngineError
 from asyncppo.messages import Int32
+from asyncppo.ports import free_port
 from rollout_server.engine import UNLOADED, Response
 
 log = logging.getLogger("rollout_server.sglang")
@@ -40,7 +40,8 @@ KEY_VARIABLE = "ASYNCPPO_ENGINE_KEY"
 _OURS = frozenset({"api_key", "host", "model_path", "port", "weight_version"})
 _TERM_S = 3.0
 _KILL_S = 5.0
-_HEALTH_S = 10.0
+_HEALTH_S = 60.0
+"""A busy SGLang may be slow to say how it is; one that is gone refuses the connection at once."""
 _POLL_S = 0.25
 _LOG_LINES = 15
 
@@ -161,12 +162,6 @@ def child_arguments(config: Config, model: str, device: str, port: int) -> list[
         elif value is not False:
             arguments.append(f"{flag}={value}")
     return arguments
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def last_lines(path: Path, lines: int = _LOG_LINES) -> str:
@@ -356,7 +351,7 @@ class SGLangEngine:
     # --- the child ---------------------------------------------------------------------------------------------------
 
     async def _start_child(self) -> None:
-        port = _free_port()
+        port = free_port()
         self._url = f"http://127.0.0.1:{port}"
         environment = {
             **os.environ,
@@ -368,6 +363,7 @@ class SGLangEngine:
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
         if Path(self._model).is_dir():
             environment["HF_HUB_OFFLINE"] = "1"
+        environment.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)  # would leave the temperature out of the log-probs
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
         with self._log_file.open("ab") as output:
             self._child = await asyncio.create_subprocess_exec(

@@ -10,7 +10,6 @@ in each of them, so what has to happen before `import sglang` stands at module l
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import os
@@ -19,17 +18,7 @@ import sys
 import types
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies (Linux); SGLang does the same for its own children."""
-    parent = os.environ.pop("ASYNCPPO_ENGINE_PARENT", None)
-    if parent is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it died before the line above
-        sys.exit(f"the rollout server (process {parent}) is gone")
+from asyncppo.lifetime import die_with_parent
 
 
 def _missing(name: str) -> Any:
@@ -80,7 +69,9 @@ def keep_out_of_logs(secret: str) -> None:
 
 def main() -> None:
     """Serve until killed."""
-    die_with_parent()
+    parent = os.environ.pop("ASYNCPPO_ENGINE_PARENT", None)
+    if parent is not None:  # SGLang asks the same of the kernel for its own children
+        die_with_parent(int(parent), signal.SIGKILL)
     key = os.environ.pop("ASYNCPPO_ENGINE_KEY", None)
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args

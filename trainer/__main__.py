@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import Annotated
 import typer
 
 from asyncppo.config import Config, dump, load
-from asyncppo.errors import AsyncPPOError, ConfigError, UserError
-from asyncppo.lifetime import die_with_parent, stop_flag
+from asyncppo.errors import AsyncPPOError, ConfigError, EngineError, UserError
+from asyncppo.lifetime import die_with_parent, orphaned, stop_flag
 from asyncppo.logs import set_up_logging
 
 log = logging.getLogger("asyncppo.trainer")
+
+_ORPHAN_S = 60.0
+"""A critic whose supervisor has been gone for so long leaves, if the learner has not told it to."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -59,8 +63,9 @@ def _run(
         raise ConfigError(f"--resume {resume}: expected auto or never")
     set_up_logging(role if role != "critic" else f"critic {index}")
     should_stop = stop_flag()
-    if supervisor := os.environ.get("ASYNCPPO_SUPERVISED"):
-        die_with_parent(int(supervisor))
+    supervisor = int(os.environ.get("ASYNCPPO_SUPERVISED", "0"))
+    if supervisor and role != "critic":
+        die_with_parent(supervisor)
     arguments = ["--config", str(path), "--resume", resume, *(part for o in overrides for part in ("--set", o))]
     match role:
         case "all":
@@ -68,6 +73,7 @@ def _run(
         case "learner":
             from trainer.roles import learner
 
+            signal.signal(signal.SIGUSR1, _give_up)
             return learner(config, addresses or config.critic.addresses, should_stop)
         case "critic":
             from trainer.roles import critic
@@ -75,9 +81,16 @@ def _run(
             given = addresses or config.critic.addresses[index : index + 1]
             if not given:
                 raise ConfigError(f"critic {index} has no address: give --address, or critic.addresses in the config")
-            return critic(config, index, given[0], should_stop)
+            # The learner, which is told to stop when the supervisor is gone, still needs its critics in order to save.
+            alone = orphaned(supervisor, _ORPHAN_S) if supervisor else lambda: False
+            return critic(config, index, given[0], lambda: should_stop() or alone())
         case _:
             raise ConfigError(f"--role {role}: expected all, learner or critic")
+
+
+def _give_up(*_: object) -> None:
+    """The supervisor's word to the learner that a critic is gone: end in order, but save nothing with what is left."""
+    raise EngineError("a critic has ended; see the line above and its log")
 
 
 def _all(config: Config, arguments: list[str], resume: str, should_stop: Callable[[], bool]) -> int:

@@ -1,4 +1,4 @@
-"""The feed: what the learner's ranks see of the stream. Rank 0 has the intake; all ranks get the same batch, or the stop."""
+"""The feed: what the learner's ranks see of the stream. Rank 0 has the intake; all get the same batch, or the stop."""
 
 from __future__ import annotations
 
@@ -80,6 +80,7 @@ class Feed:
                 return scores
             rewards = np.stack([group.rewards for group in groups])
             lengths = np.concatenate([group.lengths for group in groups])
+            of_problems = rewards.mean(axis=1)
             scores[name] = float(rewards.mean())
             if self._journal:
                 self._journal.event(
@@ -89,7 +90,7 @@ class Feed:
                     problems=len(groups),
                     samples=self._config.eval.samples,
                     pass_at_1=scores[name],
-                    standard_error=float(rewards.mean(axis=1).std(ddof=1) / len(groups) ** 0.5) if len(groups) > 1 else None,
+                    standard_error=float(of_problems.std(ddof=1) / len(groups) ** 0.5) if len(groups) > 1 else None,
                     pass_at_k=float(rewards.max(axis=1).mean()),
                     length_mean=float(lengths.mean()),
                     reward_errors=int(sum(group.reward_errors.sum() for group in groups)),

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 
 from asyncppo.config import Config
+from asyncppo.errors import ConfigError
 from asyncppo.messages import ToCritic, ToLearner
 from asyncppo.metrics import Journal
-from asyncppo.transport.zmq import ZmqChannel, ZmqHub
+from asyncppo.transport.zmq import ZmqChannel, ZmqHub, check_address
 from trainer import preflight
 from trainer.checkpoint import Checkpoints
 from trainer.feed import Feed
@@ -24,12 +25,32 @@ from trainer.stream.prompts import Prompts
 log = logging.getLogger("asyncppo.trainer")
 
 
+def check_addresses(addresses: Sequence[str], insecure: bool) -> None:
+    """Refuse TCP addresses that other hosts can reach, unless that was asked for.
+
+    Raises:
+        AddressError: one is not loopback and `insecure` is not set.
+    """
+    for address in addresses:
+        if address.startswith("tcp://"):
+            check_address(address, insecure)
+
+
 def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callable[[], bool]) -> int:
     """One rank of the learner, to the end of the run; returns the exit code.
 
     It ends in this order: the critics, the stream, published versions, the process group. Rollout servers are told to
     stop only when the run is complete: otherwise they wait for the trainer to come back (rollout.connect_timeout_s).
+
+    Raises:
+        UserError: what was given cannot work.
     """
+    if len(critic_addresses) != config.algorithm.critics:
+        raise ConfigError(
+            f"the learner has the addresses of {len(critic_addresses)} critics, and algorithm.critics is "
+            f"{config.algorithm.critics}: give --address for each, or critic.addresses in the config"
+        )
+    check_addresses([config.stream.address, *critic_addresses], config.stream.insecure)
     data = preflight.load_data(config)
     world = World()
     first = world.rank == 0
@@ -78,7 +99,12 @@ def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callab
 
 
 def critic(config: Config, index: int, address: str, should_stop: Callable[[], bool]) -> int:
-    """One rank of a critic, until the learner stops it; returns the exit code."""
+    """One rank of a critic, until the learner stops it; returns the exit code.
+
+    Raises:
+        UserError: what was given cannot work.
+    """
+    check_addresses([address], config.stream.insecure)
     preflight.check_models(config)
     world = World()
     channel = ZmqChannel(address, ToCritic, bind=True) if world.rank == 0 else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +25,7 @@ import torch
 
 from asyncppo.config import Config
 from asyncppo.lifetime import end
+from asyncppo.ports import free_port
 
 log = logging.getLogger("asyncppo.supervisor")
 
@@ -47,25 +48,25 @@ def supervise(config: Config, config_arguments: list[str], should_stop: Callable
             f"ipc://{sockets}/critic-{index}" for index in range(config.algorithm.critics)
         ]
         devices = _devices(config)
-        critics: list[subprocess.Popen[bytes]] = []
+        critics: dict[int, list[subprocess.Popen[bytes]]] = {}
         learner: list[subprocess.Popen[bytes]] = []
         try:
             if not config.critic.addresses:
                 for index, address in enumerate(addresses):
                     arguments = [*config_arguments, "--role", "critic", "--index", str(index), "--address", address]
                     output = log_directory / f"critic-{index}.log"
-                    critics += _start(arguments, devices[f"critic {index}"], config.critic.processes, output)
+                    critics[index] = _start(arguments, devices[f"critic {index}"], config.critic.processes, output)
             channels = [part for address in addresses for part in ("--address", address)]
             learner = _start([*config_arguments, "--role", "learner", *channels], devices["learner"], config.actor.processes)
             return _watch(learner, critics, should_stop, log_directory)
         finally:
-            for pid in end([*learner, *critics], limit_s=15.0):
+            for pid in end([*learner, *(process for ranks in critics.values() for process in ranks)], limit_s=15.0):
                 log.warning("process %d did not end within 15 s and was killed", pid)
 
 
 def _watch(
     learner: list[subprocess.Popen[bytes]],
-    critics: list[subprocess.Popen[bytes]],
+    critics: dict[int, list[subprocess.Popen[bytes]]],
     should_stop: Callable[[], bool],
     log_directory: Path,
 ) -> int:
@@ -77,16 +78,18 @@ def _watch(
             log.info("stopping: the learner finishes its step and saves")
             for process in learner:
                 process.terminate()
-        for process in [*learner, *critics]:
-            code = process.poll()
-            if code not in (None, 0):
-                role = "the learner" if process in learner else f"critic {critics.index(process)}"
-                if role != "the learner":
-                    _show_tail(log_directory, critics.index(process))
-                log.error("%s ended with exit code %d; the others are ended too", role, code)
-                return code if code > 0 else 1
+        for index, ranks in critics.items():
+            if code := _failure(ranks):
+                _show_tail(log_directory, index)
+                log.error("critic %d ended with exit code %d; the others are ended too", index, code)
+                for process in learner:
+                    process.send_signal(signal.SIGUSR1)  # it waits for the critic, or is about to
+                return max(code, 1)
+        if code := _failure(learner):
+            log.error("the learner ended with exit code %d; the others are ended too", code)
+            return max(code, 1)
         if all(process.poll() == 0 for process in learner):
-            if all(process.poll() == 0 for process in critics):
+            if all(process.poll() == 0 for ranks in critics.values() for process in ranks):
                 return 0
             learner_ended = learner_ended or time.monotonic()
             if time.monotonic() - learner_ended > _LEAVE_S:
@@ -95,10 +98,15 @@ def _watch(
         time.sleep(0.1)
 
 
+def _failure(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """The exit code of the first rank that ended with another than 0."""
+    return next((code for process in ranks if (code := process.poll())), None)
+
+
 def _start(
     arguments: list[str], devices: list[int], processes: int, output: Path | None = None
 ) -> list[subprocess.Popen[bytes]]:
-    port = _free_port() if processes > 1 else 0
+    port = free_port() if processes > 1 else 0
     started = []
     for rank in range(processes):
         environment = os.environ | {
@@ -137,12 +145,6 @@ def _devices(config: Config) -> dict[str, list[int]]:
     named = [*config.actor.devices, *config.critic.devices]
     pool = iter(named or range(sum(roles.values())))
     return {role: [next(pool) for _ in range(count)] for role, count in roles.items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _show_tail(log_directory: Path, index: int) -> None:

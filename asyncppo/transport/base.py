@@ -51,8 +51,8 @@ class Link(Protocol):
 class Channel(Protocol):
     """Either end of the line between the learner and one critic; used by one thread."""
 
-    def send(self, message: Message) -> None:
-        """Queue a message for the other end."""
+    def send(self, message: Message) -> bool:
+        """Queue a message for the other end; False when none has come within a second."""
 
     def receive(self, timeout_s: float) -> Any | None:
         """The next message, or None after `timeout_s`.

@@ -97,8 +97,9 @@ class MemoryChannel:
         up: queue.SimpleQueue[Frames] = queue.SimpleQueue()
         return cls(up, down, ToLearner), cls(down, up, to_critic)
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message) -> bool:
         self._outbox.put([bytes(frame) for frame in self._codec.encode(message)])
+        return True
 
     def receive(self, timeout_s: float) -> Any | None:
         try:

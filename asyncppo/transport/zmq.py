@@ -45,8 +45,8 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> str:
     except zmq.ZMQError as error:
         socket.close(0)
         raise AddressError(
-            f"cannot listen on {address}: {zmq.strerror(error.errno or 0).lower()}; stop what holds it or choose another port "
-            "(stream.address)"
+            f"cannot listen on {address}: {zmq.strerror(error.errno or 0).lower()}; stop what holds it or choose "
+            "another port (stream.address)"
         ) from None
     return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
@@ -146,16 +146,21 @@ class ZmqChannel:
 
     def __init__(self, address: str, receives: Any, *, bind: bool, max_bytes: int = 2 << 30) -> None:
         self._codec = Codec(receives, max_bytes)
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._socket.setsockopt(zmq.SNDTIMEO, 1000)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
         if bind:
             _bind(self._socket, address)
         else:
             self._socket.connect(address)
 
-    def send(self, message: Message) -> None:
-        self._socket.send_multipart(self._codec.encode(message))
+    def send(self, message: Message) -> bool:
+        try:
+            self._socket.send_multipart(self._codec.encode(message))
+        except zmq.Again:
+            return False
+        return True
 
     def receive(self, timeout_s: float) -> Any | None:
         if not self._socket.poll(max(0, int(timeout_s * 1000))):

@@ -1,4 +1,4 @@
-"""The transport's contract, held by ZeroMQ and by its in-process twin: order, both ways, several peers, and failures."""
+"""The transport's contract, held by ZeroMQ and its in-process twin: order, both ways, several peers, and failures."""
 
 from __future__ import annotations
 
@@ -171,6 +171,9 @@ def test_wake_ends_a_waiting_receive_and_is_no_message(hub: Hub) -> None:
     assert hub.receive(LONG) is None
     assert time.monotonic() - started < LONG / 2
     waker.join()
+    started = time.monotonic()
+    assert hub.receive(SHORT) is None
+    assert time.monotonic() - started >= SHORT * 0.9  # one wake ends one wait
 
 
 def test_wakes_from_many_threads_lose_no_message(kind: Kind, hub: Hub) -> None:
@@ -450,7 +453,9 @@ def send_nonsense(channel: Channel) -> None:
 def test_a_channel_carries_both_ways_in_order(channels: tuple[Channel, Channel]) -> None:
     learner, critic = channels
     values = np.arange(3, dtype=np.float32)
-    critic.send(CriticReady(index=1, parameters=2))
+    learner.send(Stop(reason="first"))
+    assert critic.receive(LONG) is not None
+    assert critic.send(CriticReady(index=1, parameters=2)) is True
     for step in range(20):
         critic.send(Learned(step=step, values=values, metrics={"loss": 0.5}, seconds=0.0))
         learner.send(Stop(reason=str(step)))
@@ -469,6 +474,12 @@ def test_a_channel_gives_up_after_its_timeout(channels: tuple[Channel, Channel])
     assert SHORT * 0.9 <= time.monotonic() - started < LONG
     assert learner.receive(0.0) is None
     assert learner.receive(-1.0) is None
+
+
+def test_a_channel_that_nobody_has_come_to_takes_nothing_and_does_not_wait_for_ever() -> None:
+    critic = ZmqChannel(free_address(), ToCritic, bind=True)
+    assert critic.send(Done()) is False
+    critic.close()
 
 
 def test_nonsense_on_a_channel_is_one_message_error(channels: tuple[Channel, Channel]) -> None:

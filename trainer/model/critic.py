@@ -14,7 +14,7 @@ import torch
 from asyncppo import algorithm
 from asyncppo.config import Config
 from asyncppo.errors import MessageError
-from asyncppo.messages import CriticFailed, CriticReady, Done, Learn, Learned, LoadCritic, SaveCritic, Stop
+from asyncppo.messages import CriticFailed, CriticReady, Done, Learn, Learned, LoadCritic, Message, SaveCritic, Stop
 from asyncppo.transport.base import Channel
 from trainer.model.build import build_engine
 from trainer.model.networks import ValueNet
@@ -112,12 +112,11 @@ def serve(
         consumes      Learn, SaveCritic, LoadCritic
         produces      CriticReady first, then Learned or Done for each; CriticFailed before it ends with an error
         waits for     the learner, without a limit of its own: the supervisor ends this process when the learner ends
-        unblocked by  the channel
+        unblocked by  the channel, `should_stop`
 
     Rank 0 has the channel and shares what comes with the other ranks.
     """
-    if channel is not None:
-        channel.send(CriticReady(index=index, parameters=critic.parameters))
+    _send(channel, CriticReady(index=index, parameters=critic.parameters), should_stop)
     while True:
         message = _shared(_next(channel, should_stop), world)
         try:
@@ -133,11 +132,14 @@ def serve(
                 case _:
                     return
         except Exception as error:
-            if channel is not None:
-                channel.send(CriticFailed(reason=f"{type(error).__name__}: {error}"))
+            _send(channel, CriticFailed(reason=f"{type(error).__name__}: {error}"), should_stop)
             raise
-        if channel is not None:
-            channel.send(answer)
+        _send(channel, answer, should_stop)
+
+
+def _send(channel: Channel | None, message: Message, should_stop: Callable[[], bool]) -> None:
+    while channel is not None and not channel.send(message) and not should_stop():
+        log.debug("the learner has not come yet, or is gone")
 
 
 def _next(channel: Channel | None, should_stop: Callable[[], bool]) -> Any:
@@ -149,6 +151,8 @@ def _next(channel: Channel | None, should_stop: Callable[[], bool]) -> Any:
             continue
         if message is not None:
             return message
+    if channel is not None:
+        channel.send(CriticFailed(reason="it was told to end, and not by the learner"))
     return Stop(reason="")
 
 

@@ -112,14 +112,33 @@ class Identity:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class _EvaluationLease:
+    """A held-out prompt, leased."""
+
+    peer: bytes
+    leased_at: float
+    index: int
+    prompt: Prompt
+
+
 @dataclass
 class _Evaluation:
     """Held-out prompts on their way; not part of the ledger."""
 
     version: int
     waiting: deque[tuple[int, Prompt]]
-    leased: dict[int, tuple[bytes, int, Prompt]] = field(default_factory=dict)
+    leased: dict[int, _EvaluationLease] = field(default_factory=dict)
     groups: dict[int, Group] = field(default_factory=dict)
+
+    def end(self, lease: int, peer: bytes) -> _EvaluationLease | None:
+        """Take out a lease of this server, answered or not; None if it has no such lease."""
+        leased = self.leased.get(lease)
+        return self.leased.pop(lease) if leased is not None and leased.peer == peer else None
+
+    def again(self, leased: _EvaluationLease) -> None:
+        """Put a prompt that was leased in vain at the end of the queue."""
+        self.waiting.append((leased.index, leased.prompt))
 
 
 class Intake:
@@ -138,8 +157,9 @@ class Intake:
         self._weights: WeightsReady | None = None
         self._next_version = 0
         self._evaluation: _Evaluation | None = None
-        self._malformed = self._swaps = self._gone_tokens = 0
-        self._gone_idle_s = self._swap_pause_s = 0.0
+        self._gone: dict[tuple[bytes, str], Status] = {}
+        self._malformed = self._swaps = 0
+        self._swap_pause_s = 0.0
         self._outbox: deque[tuple[bytes, Message]] = deque()
         self._last_pulse = 0.0
         self._changed = threading.Condition()
@@ -195,9 +215,7 @@ class Intake:
         self._hub.wake()
         return chosen
 
-    def evaluate(
-        self, prompts: Sequence[Prompt], version: int, should_stop: Callable[[], bool]
-    ) -> list[Group] | None:
+    def evaluate(self, prompts: Sequence[Prompt], version: int, should_stop: Callable[[], bool]) -> list[Group] | None:
         """Held-out prompts' answers by servers that serve `version`, in the order of the prompts; None on a stop.
 
         Raises:
@@ -205,6 +223,7 @@ class Intake:
         """
         deadline = time.monotonic() + self._config.stream.batch_timeout_s
         with self._changed:
+            self._raise_failure()
             self._evaluation = evaluation = _Evaluation(version, deque(enumerate(prompts)))
         self._hub.wake()
         with self._changed:
@@ -226,7 +245,7 @@ class Intake:
         """The stream now."""
         with self._changed:
             self._raise_failure()
-            statuses = [peer.status for peer in self._peers.values() if peer.status]
+            statuses = [*self._gone.values(), *(peer.status for peer in self._peers.values() if peer.status)]
             return Counts(
                 servers=len(self._peers),
                 in_flight=self._ledger.in_flight,
@@ -237,8 +256,8 @@ class Intake:
                 malformed=self._malformed,
                 swaps=self._swaps,
                 swap_pause_s=self._swap_pause_s,
-                tokens=self._gone_tokens + sum(status.tokens for status in statuses),
-                idle_s=self._gone_idle_s + sum(status.idle_s for status in statuses),
+                tokens=sum(status.tokens for status in statuses),
+                idle_s=sum(status.idle_s for status in statuses),
             )
 
     def state(self) -> LedgerState:
@@ -250,6 +269,7 @@ class Intake:
     def oldest_served_version(self) -> int | None:
         """The oldest version that a server of the pool still serves or loads; None without servers."""
         with self._changed:
+            self._raise_failure()
             return min((peer.policy_version for peer in self._peers.values()), default=None)
 
     def close(self, stop_servers: str | None) -> None:
@@ -318,6 +338,7 @@ class Intake:
                 self._give_back(peer, message.lease, f"failed at {peer.name}: {message.reason}")
             case Status():
                 peer.status = message
+                self._gone.pop((identity, peer.incarnation), None)
             case Swapped():
                 peer.policy_version = message.policy_version
                 self._swaps += 1
@@ -346,7 +367,8 @@ class Intake:
             self._journal.event("refused", server=hello.server, reason=reason)
             self._outbox.append((identity, Refused(reason=reason)))
             return
-        if identity not in self._peers:
+        known = self._peers.get(identity)
+        if known is None or known.incarnation != hello.incarnation:
             for other in [peer for peer in self._peers.values() if peer.name == hello.server]:
                 self._part(other, "a new process of that name has come")
             self._peers[identity] = Peer(identity, hello.server, hello.incarnation, hello.capacity, now)
@@ -369,15 +391,15 @@ class Intake:
     def _receive_group(self, peer: Peer, group: Group) -> None:
         self._outbox.append((peer.identity, Ack(lease=group.lease)))
         evaluation = self._evaluation
-        if evaluation is not None and group.lease in evaluation.leased:
-            _, index, prompt = evaluation.leased.pop(group.lease)
+        leased = evaluation and evaluation.end(group.lease, peer.identity)
+        if evaluation and leased:
             peer.in_flight -= 1
             try:
                 group.check(self._config.eval.samples)
-                evaluation.groups[index] = group
+                evaluation.groups[leased.index] = group
             except MessageError as error:
                 self._count_malformed(str(error))
-                evaluation.waiting.append((index, prompt))
+                evaluation.again(leased)
             self._changed.notify_all()
             return
         record = self._ledger.records.get(group.lease)
@@ -404,7 +426,7 @@ class Intake:
         able = [peer for peer in self._peers.values() if peer.policy_version >= 0 and peer.in_flight < peer.capacity]
         while able and not self._closing:
             peer = min(able, key=lambda peer: (peer.in_flight / peer.capacity, -peer.policy_version))
-            lease = self._evaluation_lease(peer) or self._training_lease(peer, now)
+            lease = self._evaluation_lease(peer, now) or self._training_lease(peer, now)
             if lease is None:
                 able.remove(peer)
                 continue
@@ -413,13 +435,13 @@ class Intake:
             if peer.in_flight >= peer.capacity:
                 able.remove(peer)
 
-    def _evaluation_lease(self, peer: Peer) -> Lease | None:
+    def _evaluation_lease(self, peer: Peer, now: float) -> Lease | None:
         evaluation = self._evaluation
         if evaluation is None or not evaluation.waiting or peer.policy_version != evaluation.version:
             return None
         index, prompt = evaluation.waiting.popleft()
         number = self._ledger.lease_number()
-        evaluation.leased[number] = (peer.identity, index, prompt)
+        evaluation.leased[number] = _EvaluationLease(peer.identity, now, index, prompt)
         return self._lease(number, 0, prompt, "eval")
 
     def _training_lease(self, peer: Peer, now: float) -> Lease | None:
@@ -454,40 +476,39 @@ class Intake:
         limit = _DEAD_AFTER * self._config.stream.heartbeat_s
         for peer in [peer for peer in self._peers.values() if now - peer.last_seen > limit]:
             self._part(peer, f"nothing heard for {limit:.0f} s")
-        expired = [
-            record
-            for record in self._ledger.records.values()
-            if not record.buffered and now - record.leased_at > self._config.stream.lease_timeout_s
+        in_flight = [
+            (n, record.peer, record.leased_at) for n, record in self._ledger.records.items() if not record.buffered
         ]
-        for record in expired:
-            peer = self._peers[record.peer]
-            self._outbox.append((peer.identity, Cancel(leases=[record.lease])))
-            self._give_back(peer, record.lease, f"not answered by {peer.name} in time (stream.lease_timeout_s)")
+        if self._evaluation is not None:
+            in_flight += [(n, leased.peer, leased.leased_at) for n, leased in self._evaluation.leased.items()]
+        for lease, identity, leased_at in in_flight:
+            if now - leased_at > self._config.stream.lease_timeout_s:
+                self._outbox.append((identity, Cancel(leases=[lease])))
+                peer = self._peers[identity]
+                self._give_back(peer, lease, f"not answered by {peer.name} in time (stream.lease_timeout_s)")
 
     def _part(self, peer: Peer, reason: str) -> None:
         """A server leaves the pool: what it holds is leased again."""
         del self._peers[peer.identity]
         if peer.status:
-            self._gone_tokens += peer.status.tokens
-            self._gone_idle_s += peer.status.idle_s
+            self._gone[peer.identity, peer.incarnation] = peer.status
         leases = self._ledger.held_by(peer.identity)
         for lease in leases:
             self._drop(lease, "server left")
         evaluation = self._evaluation
         if evaluation is not None:
-            for lease, (identity, index, prompt) in list(evaluation.leased.items()):
-                if identity == peer.identity:
-                    del evaluation.leased[lease]
-                    evaluation.waiting.append((index, prompt))
+            for leased in [evaluation.end(lease, peer.identity) for lease in list(evaluation.leased)]:
+                if leased:
+                    evaluation.again(leased)
         log.info("rollout server %s left (%s); %d prompts are leased again", peer.name, reason, len(leases))
         self._journal.event("server_left", server=peer.name, reason=reason, leased_again=len(leases))
 
     def _give_back(self, peer: Peer, lease: int, reason: str) -> None:
         """A server could not complete a lease: it goes to another, or back to the same later."""
         evaluation = self._evaluation
-        if evaluation is not None and lease in evaluation.leased:
-            _, index, prompt = evaluation.leased.pop(lease)
-            evaluation.waiting.append((index, prompt))
+        leased = evaluation and evaluation.end(lease, peer.identity)
+        if evaluation and leased:
+            evaluation.again(leased)
         elif lease in self._ledger.records and self._ledger.records[lease].peer == peer.identity:
             self._drop(lease, "not completed")
         else:
@@ -512,6 +533,5 @@ class Intake:
             self._outbox.extend((identity, Pulse(policy_version=version)) for identity in self._peers)
         while self._outbox:
             identity, message = self._outbox.popleft()
-            if not self._hub.send(identity, message) and identity in self._peers:
-                log.debug("%s cannot be reached now; it will say Hello again", self._peers[identity].name)
-
+            if not self._hub.send(identity, message) and identity in self._peers and isinstance(message, Lease):
+                self._part(self._peers[identity], "it cannot be reached; if it lives it will say Hello again")

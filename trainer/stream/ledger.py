@@ -1,8 +1,8 @@
 """The ledger: what became of every prompt that was leased, and the only owner of those counts.
 
-A lease is one prompt on its way through the house: in flight at a server, buffered here, and at last consumed or dropped.
-A dropped one's prompt is leased again under a new lease, so no prompt is lost, and each (epoch, prompt) is consumed once.
-At all times: admitted = in flight + buffered + consumed + dropped.
+A lease is one prompt on its way through the house: in flight at a server, buffered here, and at last consumed or
+dropped. A dropped one's prompt is leased again under a new lease, so no prompt is lost, and each (epoch, prompt) is
+consumed once. At all times: admitted = in flight + buffered + consumed + dropped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prompts: a dataset, tokenised once with the chat template, in a seeded order for each epoch, resumable by position."""
+"""Prompts: a dataset, tokenised once with the chat template, in a seeded order each epoch, resumable by position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages: arrays survive bit for bit and are not copied; whatever does not make sense is a MessageError, and only that."""
+"""Messages: arrays survive bit for bit and are not copied; what makes no sense is a MessageError, and only that."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ EXAMPLES: list[Message] = [
     Goodbye(reason="SIGTERM"),
     Welcome(run="demo", heartbeat_s=2.0, trainer="t1"),
     Refused(reason="model"),
-    Lease(
-        lease=2**62, epoch=3, prompt_id="p", prompt_ids=ints(5, 0, -1), answer="7", group_size=2, purpose="eval"
-    ),
+    Lease(lease=2**62, epoch=3, prompt_id="p", prompt_ids=ints(5, 0, -1), answer="7", group_size=2, purpose="eval"),
     Ack(lease=1),
     Cancel(leases=[1, 2, 3]),
     weights_of(9),
@@ -228,7 +226,8 @@ def test_missing_extra_and_doubly_used_frames_are_refused() -> None:
     refused(frames[:-1], "without its frame")
     refused([*frames, b""], "11 frames, 9 arrays")
     refused([*over_the_wire(Goodbye(reason="")), b"stowaway"], "2 frames, 0 arrays")
-    twice = header_of(a_group(), lengths=["int32", [2], 9], span_counts=["int32", [2], 9])
+    twice = header_of(a_group(), reward_errors=["uint8", [2], 8])  # as `truncated`
+    refused([twice, *frames[1:-1]], "frame 8 is two arrays")
     refused([twice, *frames[1:]], "does not decode")
     refused([], "expected 1 to")
     refused([*frames, *[b""] * MAX_FRAMES], "expected 1 to")
@@ -260,10 +259,11 @@ def test_too_large_messages_are_refused_before_they_are_decoded() -> None:
         msgspec.msgpack.encode({"type": "Failed", "lease": 1, "reason": "r"})[:-2] + b"\xa2\xff\xfe",
         msgspec.msgpack.encode({"type": "Failed", "lease": 1, "reason": "r"}) + b"\x00",
         b"\x91" * 100_000,
+        b"\x82\xa4type\xa5Group\xacresponse_ids" + b"\x91" * 100_000,
         b"\xdd\xff\xff\xff\xff",
         b"\x81\xa4type\xdb\xff\xff\xff\xff",
     ],
-    ids=repr,
+    ids=lambda header: repr(header[:30]),
 )
 def test_garbage_is_refused(header: bytes) -> None:
     refused([header], "does not decode")
@@ -343,7 +343,12 @@ def test_random_bytes_are_refused_or_decode(frames: list[bytes]) -> None:
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )

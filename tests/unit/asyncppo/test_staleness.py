@@ -111,7 +111,9 @@ class Server:
 class House:
     """Trainer and servers in one thread; every method is one event."""
 
-    def __init__(self, rng: random.Random, batch: int, bound: int, steps: int, ready: int, capacities: list[int]) -> None:
+    def __init__(
+        self, rng: random.Random, batch: int, bound: int, steps: int, ready: int, capacities: list[int]
+    ) -> None:
         self.rng, self.batch, self.bound, self.steps, self.ready = rng, batch, bound, steps, ready
         self.ledger = Ledger(some_prompts(5, shuffle=True), bound)
         self.buffer = Buffer(bound, batch)

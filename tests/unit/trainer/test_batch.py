@@ -47,7 +47,9 @@ def test_two_groups_packed() -> None:
 
 def test_dtypes_are_those_of_the_wire() -> None:
     batch = pack([a_buffered(0, 1)], [(0, 0)], version=0)
-    dtypes = {f.name: getattr(batch, f.name).dtype.name for f in fields(Batch) if hasattr(getattr(batch, f.name), "dtype")}
+    dtypes = {
+        f.name: getattr(batch, f.name).dtype.name for f in fields(Batch) if hasattr(getattr(batch, f.name), "dtype")
+    }
     floats = {"behaviour_logprobs", "rewards"}
     flags = {"truncated", "reward_errors"}
     assert {name for name, dtype in dtypes.items() if dtype == "float32"} == floats
@@ -62,7 +64,9 @@ GROUPS = st.lists(st.lists(SPANS, min_size=1, max_size=4), min_size=1, max_size=
 
 @settings(max_examples=80, deadline=None)
 @given(groups=GROUPS)
-def test_every_response_stands_after_its_prompt_wherever_it_is_in_the_batch(groups: list[list[list[tuple[int, int]]]]) -> None:
+def test_every_response_stands_after_its_prompt_wherever_it_is_in_the_batch(
+    groups: list[list[list[tuple[int, int]]]],
+) -> None:
     held = [a_buffered(0, n, a_prompt(n, tokens=n + 1), a_group(n, spans)) for n, spans in enumerate(groups)]
     batch = pack(held, [[0] * len(spans) for spans in groups], version=9)
     sequences = np.split(batch.input_ids, np.cumsum(batch.sequence_lengths)[:-1])

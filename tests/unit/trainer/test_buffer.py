@@ -73,6 +73,7 @@ def test_nothing_waits_when_waiting_does_not_help() -> None:
 
 def test_nothing_waits_for_a_group_that_is_too_old_already() -> None:
     assert taken(a_buffer((1, 2), (2, 2)), 2, {1: 1, 3: 2}) == [1, 2]
+    assert taken(a_buffer((1, 1), (2, 1), (3, 1)), 2, {1: 1, 2: 3}) == [1, 2]
 
 
 def test_a_bound_of_zero_takes_only_the_version_that_is_about_to_be_trained() -> None:

@@ -287,3 +287,21 @@ def test_a_stop_ends_every_critic(served: Served) -> None:
         thread.join(timeout=10)
         assert not thread.is_alive()
     assert served.errors == [None, None]
+
+
+def test_a_critic_that_is_told_to_end_says_so_to_the_learner(tmp_path: Path) -> None:
+    learner, critic = MemoryChannel.pair(ToCritic)
+    view = Critics(a_config(tmp_path), [learner])
+    serve(a_critic(tmp_path), critic, 0, a_world(), should_stop=lambda: True)
+    with pytest.raises(EngineError, match="critic 0 failed: it was told to end, and not by the learner"):
+        view.values()
+
+
+def test_a_critic_whose_learner_is_gone_still_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    class NobodyThere(MemoryChannel):
+        def send(self, message: object) -> bool:
+            return False
+
+    _, critic = NobodyThere.pair(ToCritic)
+    asked = iter([False, False, True, True])
+    serve(a_critic(tmp_path), critic, 0, a_world(), should_stop=lambda: next(asked))

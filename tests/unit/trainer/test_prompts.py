@@ -119,7 +119,9 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
         load(str(tmp_path / "train.jsonl"))
 
 
-@pytest.mark.parametrize("line", [b"{", b"not json", b'{"prompt": "a"} {"prompt": "b"}', b"[1]", b"7", b'{"a": "\xff"}'])
+@pytest.mark.parametrize(
+    "line", [b"{", b"not json", b'{"prompt": "a"} {"prompt": "b"}', b"[1]", b"7", b'{"a": "\xff"}']
+)
 def test_a_line_that_is_no_json_object_is_refused(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "train.jsonl").write_bytes(b'{"prompt": "a", "answer": "1"}\n' + line)
     with pytest.raises(DataError, match="expected one JSON object a line"):

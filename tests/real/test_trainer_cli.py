@@ -1,0 +1,257 @@
+"""`python -m trainer` as a user meets it: what cannot work exits 2 with one line; no end leaves a process behind."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM
+
+from asyncppo.config import Config
+from asyncppo.metrics import EVENTS_FILE, read
+from tests.model_maker import a_config, a_model
+from trainer.checkpoint import Checkpoints
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
+
+REPOSITORY = Path(__file__).parents[2]
+START_S = 120
+"""A loaded machine takes this long at most to import PyTorch three times."""
+
+
+def a_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(directory: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "trainer", "--config", str(directory / "config.yaml"), *arguments]
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+# --- what cannot work ------------------------------------------------------------------------------------------------
+
+BAD = {
+    "unknown key": (("algorithm.utdd=2",), "unknown key algorithm.utdd; did you mean algorithm.utd?"),
+    "utd 5": (("algorithm.utd=5",), "algorithm.utd: expected `int` <= 4"),
+    "max_staleness -1": (("stream.max_staleness=-1",), "stream.max_staleness: expected `int` >= 0"),
+    "missing model": (("actor.path={directory}/none",), "{directory}/none: there is no such model directory"),
+    "missing hub model": (("actor.path=nobody/nothing",), "nobody/nothing: there is no such model directory"),
+    "empty dataset": (("data.train={directory}/empty.jsonl",), "{directory}/empty.jsonl: the dataset is empty"),
+    "no loopback": (("stream.address=tcp://0.0.0.0:{port}",), "tcp://0.0.0.0:{port} is not loopback"),
+    "port taken": (("stream.address=tcp://127.0.0.1:{taken}",), "cannot listen on tcp://127.0.0.1:{taken}"),
+}
+
+
+def refusal(directory: Path, *arguments: str) -> str:
+    """The one error line of a command that has to exit 2."""
+    started = time.monotonic()
+    ended = subprocess.run(
+        command(directory, *arguments), cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=90
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert time.monotonic() - started < 60
+    lines = ended.stderr.splitlines()
+    errors = [line for line in lines if "error" in line.lower()]
+    assert len(errors) == 1, ended.stderr
+    assert errors[0].startswith("error: ")
+    return errors[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_work_exits_2_with_one_line_and_starts_nothing(tmp_path: Path, case: str) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        places = {"directory": tmp_path, "port": a_free_port(), "taken": holder.getsockname()[1]}
+        a_config(tmp_path, f"stream.address=tcp://127.0.0.1:{places['port']}")
+        (tmp_path / "empty.jsonl").touch()
+        overrides, expected = BAD[case]
+        arguments = [part for override in overrides for part in ("--set", override.format(**places))]
+        if not any(override.startswith("stream.address") for override in overrides):
+            arguments += ["--set", f"stream.address=tcp://127.0.0.1:{places['port']}"]
+        assert expected.format(**places) in refusal(tmp_path, *arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ("--role", "learner", "--set", "algorithm.critics=0", "--set", "stream.address=tcp://0.0.0.0:{port}"),
+            "tcp://0.0.0.0:{port} is not loopback",
+        ),
+        (
+            ("--role", "learner", "--address", "ipc:///tmp/none", "--address", "tcp://10.1.2.3:{port}"),
+            "tcp://10.1.2.3:{port} is not loopback",
+        ),
+        (("--role", "learner"), "the learner has the addresses of 0 critics, and algorithm.critics is 2"),
+        (("--role", "critic", "--address", "tcp://0.0.0.0:{port}"), "tcp://0.0.0.0:{port} is not loopback"),
+        (("--role", "critic", "--index", "1"), "critic 1 has no address"),
+        (("--role", "teacher"), "--role teacher: expected all, learner or critic"),
+        (("--resume", "maybe"), "--resume maybe: expected auto or never"),
+    ],
+)
+def test_a_role_that_is_started_by_hand_refuses_what_cannot_work_too(
+    tmp_path: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    a_config(tmp_path)
+    port = a_free_port()
+    assert expected.format(port=port) in refusal(tmp_path, *(part.format(port=port) for part in arguments))
+
+
+# --- ends ------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A trainer with two critics that waits for rollout servers, and all the processes it started."""
+
+    def __init__(self, directory: Path) -> None:
+        address = f"stream.address=tcp://127.0.0.1:{a_free_port()}"
+        self.config: Config = a_config(directory, address)
+        self.log = directory / "trainer.log"
+        with self.log.open("ab") as sink:
+            self.supervisor = psutil.Popen(
+                command(directory, "--set", address), cwd=REPOSITORY, env=environment(), stdout=sink, stderr=sink
+            )
+        self.family: list[psutil.Process] = [self.supervisor]
+
+    def wait_until(self, what: str, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_S
+        while not holds():
+            assert self.supervisor.poll() is None, self.said()
+            assert time.monotonic() < deadline, f"waited for: {what}\n{self.said()}"
+            time.sleep(0.1)
+        self.family = [self.supervisor, *self.supervisor.children(recursive=True)]
+
+    def wait_until_it_waits_for_servers(self) -> None:
+        self.wait_until("version 0 to be published", lambda: (self.config.weights_directory / "v00000000").exists())
+
+    def role(self, *words: str) -> psutil.Process:
+        (found,) = [process for process in self.family[1:] if set(words) <= set(process.cmdline())]
+        return found
+
+    def said(self) -> str:
+        logs = [self.log, *sorted((self.config.run_directory / "logs").glob("*.log"))]
+        return "\n".join(f"--- {log}\n{log.read_text(errors='replace')}" for log in logs if log.exists())
+
+    def left_behind(self, within_s: float) -> list[psutil.Process]:
+        return psutil.wait_procs(self.family, timeout=within_s)[1]
+
+
+    def end(self) -> None:
+        """Leave nothing of a failed test behind."""
+        if self.supervisor.is_running():
+            self.family += self.supervisor.children(recursive=True)
+        for process in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.supervisor.wait(10)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[], Run]]:
+    """Starts trainers of one run directory."""
+    with contextlib.ExitStack() as ends:
+
+        def a_run() -> Run:
+            trainer = Run(tmp_path)
+            ends.callback(trainer.end)
+            return trainer
+
+        yield a_run
+
+
+@pytest.fixture
+def run(start: Callable[[], Run]) -> Run:
+    return start()
+
+
+def test_sigterm_while_it_waits_for_servers_saves_exports_and_exits_0_with_nothing_left(run: Run) -> None:
+    run.wait_until_it_waits_for_servers()
+    assert len(run.family) == 4
+    run.supervisor.send_signal(signal.SIGTERM)
+    assert run.supervisor.wait(timeout=60) == 0, run.said()
+    assert run.left_behind(within_s=1) == []
+    found = Checkpoints(run.config).latest()
+    assert found is not None
+    path, state = found
+    assert (path.name, state.policy_version) == ("step_00000000", 0)
+    AutoModelForCausalLM.from_pretrained(run.config.run_directory / "actor")
+    assert not list((run.config.run_directory / "checkpoints").glob(".partial-*"))
+    assert list(Path(run.config.publish.directory).iterdir()) == []
+    (end,) = [event for event in read(run.config.run_directory / EVENTS_FILE) if event["event"] == "end"]
+    assert end["reason"] == "the trainer was stopped"
+    assert "Traceback" not in run.said()
+
+
+def test_the_same_command_goes_on_from_there_and_a_foreign_checkpoint_is_refused_by_name(
+    start: Callable[[], Run], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        run = start()
+        run.wait_until_it_waits_for_servers()
+        run.supervisor.send_signal(signal.SIGTERM)
+        assert run.supervisor.wait(timeout=60) == 0, run.said()
+    assert "going on from" in run.said()
+    other = ("--set", "algorithm.critics=1", "--set", f"stream.address=tcp://127.0.0.1:{a_free_port()}")
+    ended = subprocess.run(
+        command(tmp_path, *other), cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=90
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "CheckpointError" in ended.stderr
+    assert "made with 2 critics" in ended.stderr
+    assert str(a_model()) in ended.stderr
+
+
+def test_sigterm_while_it_starts_exits_0_with_nothing_left(run: Run) -> None:
+    run.wait_until("the learner to listen", lambda: "listening for rollout servers" in run.said())
+    run.supervisor.send_signal(signal.SIGTERM)
+    assert run.supervisor.wait(timeout=START_S) == 0, run.said()
+    assert run.left_behind(within_s=1) == []
+    assert Checkpoints(run.config).latest() is not None
+
+
+def test_a_killed_supervisor_leaves_no_child_and_no_weights_behind(run: Run) -> None:
+    run.wait_until_it_waits_for_servers()
+    run.supervisor.kill()
+    assert run.left_behind(within_s=10) == [], run.said()
+    assert list(Path(run.config.publish.directory).iterdir()) == []
+    found = Checkpoints(run.config).latest()
+    assert found is not None  # the learner was asked to stop, and its critics waited for it
+    assert "Traceback" not in run.said()
+
+
+@pytest.mark.parametrize("index", ["0", "1"])
+def test_a_killed_critic_ends_the_trainer_with_1_and_its_name(run: Run, index: str) -> None:
+    run.wait_until_it_waits_for_servers()
+    run.role("critic", "--index", index).kill()
+    assert run.supervisor.wait(timeout=60) == 1, run.said()
+    assert run.left_behind(within_s=1) == []
+    assert f"critic {index} ended with exit code -9; the others are ended too" in run.log.read_text()
+    assert "EngineError: a critic has ended" in run.log.read_text()  # the learner ended in order
+    assert "was killed" not in run.said()
+    assert list(Path(run.config.publish.directory).iterdir()) == []
+
+
+def test_a_killed_learner_ends_the_trainer_with_1_and_its_critics(run: Run) -> None:
+    run.wait_until_it_waits_for_servers()
+    run.role("learner").kill()
+    assert run.supervisor.wait(timeout=60) == 1, run.said()
+    assert run.left_behind(within_s=1) == []
+    assert "the learner ended with exit code -9; the others are ended too" in run.log.read_text()
+    assert "was killed" not in run.said()

@@ -1,0 +1,116 @@
+"""Published weights: a whole directory passes, and every corruption is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from asyncppo.errors import WeightsError
+from asyncppo.weights import MANIFEST, Manifest, checksum, verify, write_manifest
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> tuple[Path, str]:
+    """Version 3 and its manifest's checksum."""
+    directory = tmp_path / "3"
+    directory.mkdir()
+    (directory / "model-1.safetensors").write_bytes(bytes(range(256)) * 100)
+    (directory / "model-2.safetensors").write_bytes(b"")
+    (directory / "config.json").write_text("{}")
+    return directory, write_manifest(directory, 3)
+
+
+def test_a_whole_directory_passes(published: tuple[Path, str]) -> None:
+    directory, announced = published
+    verify(directory, 3, announced)
+
+
+def test_the_manifest_names_the_version_and_every_file(published: tuple[Path, str]) -> None:
+    directory, announced = published
+    manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+    assert manifest.policy_version == 3
+    assert list(manifest.files) == ["config.json", "model-1.safetensors", "model-2.safetensors"]
+    assert announced == checksum(directory / MANIFEST)
+    assert write_manifest(directory, 3) == announced  # the manifest does not name itself
+    assert write_manifest(directory, 4) != announced
+
+
+def test_a_checksum_is_that_of_all_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"0123456789" * 50)
+    whole = checksum(file)
+    monkeypatch.setattr("asyncppo.weights._CHUNK", 7)
+    assert checksum(file) == whole
+    file.write_bytes(b"0123456789" * 50 + b"!")
+    assert checksum(file) != whole
+    assert len(whole) == 32
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def other_version(directory: Path) -> None:
+    write_manifest(directory, 2)
+
+
+CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda d: (d / MANIFEST).unlink(), r"expected version 3, found no manifest\.json"),
+    "a changed manifest": (
+        lambda d: flip(d / MANIFEST),
+        r"manifest\.json: differs from the manifest that was announced",
+    ),
+    "the manifest of another version": (other_version, r"manifest\.json: differs from .* announced for version 3"),
+    "a missing file": (
+        lambda d: (d / "model-1.safetensors").unlink(),
+        r"model-1\.safetensors: is missing from version 3",
+    ),
+    "a directory in place of a file": (
+        lambda d: ((d / "config.json").unlink(), (d / "config.json").mkdir()),
+        r"config\.json: is missing",
+    ),
+    "a flipped bit": (lambda d: flip(d / "model-1.safetensors"), r"model-1\.safetensors: differs from its checksum"),
+    "a file cut off": (
+        lambda d: (d / "model-1.safetensors").write_bytes(bytes(range(256)) * 99),
+        r"model-1\.safetensors: differs",
+    ),
+    "a file that has grown": (
+        lambda d: (d / "model-2.safetensors").write_bytes(b"\0"),
+        r"model-2\.safetensors: differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CORRUPTIONS)
+def test_a_corruption_is_named(published: tuple[Path, str], what: str) -> None:
+    directory, announced = published
+    corrupt, match = CORRUPTIONS[what]
+    corrupt(directory)
+    with pytest.raises(WeightsError, match=match) as caught:
+        verify(directory, 3, announced)
+    assert str(directory) in str(caught.value)
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"nowhere: expected version 3, found no manifest\.json"):
+        verify(tmp_path / "nowhere", 3, "")
+
+
+def test_the_right_files_under_the_wrong_version_are_refused(published: tuple[Path, str]) -> None:
+    directory, announced = published
+    with pytest.raises(WeightsError, match="holds version 3, expected 4"):
+        verify(directory, 4, announced)
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b'{"policy_version": 3, "files": {}, "signature": 1}', b"\xff"])
+def test_a_manifest_that_another_program_wrote_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(WeightsError, match=r"manifest\.json: is no manifest"):
+        verify(tmp_path, 3, checksum(tmp_path / MANIFEST))
