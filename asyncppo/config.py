@@ -11,6 +11,7 @@ import ast
 import difflib
 import hashlib
 import inspect
+import itertools
 import re
 import types
 import typing
@@ -512,14 +513,16 @@ def documentation() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from `asyncppo/config.py` by `asyncppo config docs`. A config file is YAML and says only what differs",
+        "Generated from `asyncppo/config.py` by `asyncppo config docs`. A config file is YAML and says only what "
+        "differs",
         "from these defaults. `base: other.yaml` takes another file first; `--set section.key=value` comes last.",
         "",
     ]
     hints = typing.get_type_hints(Config, include_extras=True)
     for section in Config.__struct_fields__:
         kind = hints[section]
-        lines += [f"## {section}", "", str(kind.__doc__).splitlines()[0], "", "| key | type | default | |", "|---|---|---|---|"]
+        lines += [f"## {section}", "", str(kind.__doc__).splitlines()[0], ""]
+        lines += ["| key | type | default | |", "|---|---|---|---|"]
         texts = {name: text for base in reversed(kind.__mro__[:-1]) for name, text in _field_docs(base).items()}
         types_of = typing.get_type_hints(kind, include_extras=True)
         for field in msgspec.structs.fields(kind):
@@ -540,7 +543,7 @@ def _field_docs(kind: type) -> dict[str, str]:
         return {}
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(kind)).body[0]).body
     docs = {}
-    for item, after in zip(body, body[1:], strict=False):
+    for item, after in itertools.pairwise(body):
         is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and is_text:
             text = typing.cast(ast.Constant, typing.cast(ast.Expr, after).value).value

@@ -1,4 +1,4 @@
-"""Metrics and events as JSON lines in the run directory: one line a step, one line an event; read by people and programs.
+"""Metrics and events as JSON lines in the run directory: one line a step, one line an event; for people and programs.
 
 `metrics.jsonl` has one flat object per trainer step (names and meanings: `STEP_METRICS`), `events.jsonl` one object per
 thing that happened. Both are appended and flushed line by line, so a reader may follow them while the run goes on.
@@ -60,7 +60,7 @@ STEP_METRICS: dict[str, str] = {
     "policy/ess": "effective sample size of the behaviour weights, as a fraction",
     "policy/grad_norm": "gradient norm before clipping, last optimiser step",
     "policy/learning_rate": "learning rate of the last optimiser step",
-    "logprob_gap/mean": "|trainer − engine| log-prob of tokens that the version about to be trained drew; null without such",
+    "logprob_gap/mean": "|trainer − engine| log-prob of tokens drawn by the version about to be trained; null without",
     "logprob_gap/max": "the same, largest",
     "logprob_gap/tokens": "how many such tokens the batch holds",
     "time/step_s": "seconds of the whole step",

@@ -59,6 +59,9 @@ def verify(directory: Path, policy_version: int, manifest_checksum: str) -> None
         raise WeightsError(f"{path}: is no manifest as this version of asyncppo writes it: {error}") from None
     if manifest.policy_version != policy_version:
         raise WeightsError(f"{path}: holds version {manifest.policy_version}, expected {policy_version}")
+    strays = {path.name for path in directory.iterdir()} - {MANIFEST, *manifest.files}
+    if strays:  # an engine loads every shard that it finds
+        raise WeightsError(f"{directory / min(strays)}: is not in the manifest of version {policy_version}")
     for name, expected in manifest.files.items():
         file = directory / name
         if not file.is_file():

@@ -1,4 +1,4 @@
-"""Makers that the trainer's tests share: a tiny random model, a ragged batch with readable numbers, a config for both."""
+"""Makers that the trainer's tests share: a tiny random model, a ragged batch of readable numbers, a config for both."""
 
 import atexit
 import functools

@@ -43,7 +43,9 @@ def be_large(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(directory: Path, stage: str, batch: Batch, world: World) -> dict[str, Any]:
-    settings = [f"{role}.{key}" for role in ("actor", "critic") for key in (f"zero_stage={stage[0]}", "engine=deepspeed")]
+    settings = [
+        f"{role}.{key}" for role in ("actor", "critic") for key in (f"zero_stage={stage[0]}", "engine=deepspeed")
+    ]
     config = load(directory / "config.yaml", settings)
     policy, critic = Policy(config, world), Critic(config, 0, world)
     tokens = len(batch.response_ids)
@@ -72,7 +74,10 @@ def shared(world: World) -> dict[str, Any]:
     given = {"ids": np.array(["p1", "prompt ü"]), "numbers": np.arange(5, dtype=np.int32), "none": np.zeros((0, 3))}
     received = world.share(given if world.rank == 0 else None)
     nothing = world.share({} if world.rank == 0 else None)
-    return {"received": {name: (str(array.dtype), array.tolist()) for name, array in received.items()}, "nothing": nothing}
+    return {
+        "received": {name: (str(array.dtype), array.tolist()) for name, array in received.items()},
+        "nothing": nothing,
+    }
 
 
 def main(directory: Path) -> None:

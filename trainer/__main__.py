@@ -35,7 +35,9 @@ def main(
     resume: Annotated[
         str, typer.Option(help="`auto` goes on from the newest checkpoint, `never` refuses a run that exists.")
     ] = "auto",
-    role: Annotated[str, typer.Option(help="`all` starts everything; `learner` or `critic` is one process of it.")] = "all",
+    role: Annotated[
+        str, typer.Option(help="`all` starts everything; `learner` or `critic` is one process of it.")
+    ] = "all",
     index: Annotated[int, typer.Option(min=0, help="Which critic.")] = 0,
     address: Annotated[list[str], typer.Option(help="Where the critics listen, in their order.")] = [],  # noqa: B006
 ) -> None:

@@ -1,9 +1,9 @@
 """The learner: AsyPPO on one screen, in the order of the algorithm. All ranks run it; rank 0 has the stream.
 
-    consumes      batches (`Feed.take`), values (`Critics`)
-    produces      policy versions (`Publisher`), one line of metrics a step
-    waits for     a batch, the critics
-    unblocked by  the intake, the critics; a stop request ends it after the step
+consumes      batches (`Feed.take`), values (`Critics`)
+produces      policy versions (`Publisher`), one line of metrics a step
+waits for     a batch, the critics
+unblocked by  the intake, the critics; a stop request ends it after the step
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def check_models(config: Config) -> None:
     if ours != theirs:
         word = next(word for word in sorted({*ours, *theirs}) if ours.get(word) != theirs.get(word))
         raise ModelError(
-            f"{config.critic_path}: the critic's tokenizer differs from that of the actor {config.actor.path} (first at "
-            f"{word!r}: {theirs.get(word)} and {ours.get(word)}): a critic must read the actor's tokens"
+            f"{config.critic_path}: the critic's tokenizer differs from that of the actor {config.actor.path} (first "
+            f"at {word!r}: {theirs.get(word)} and {ours.get(word)}): a critic must read the actor's tokens"
         )
     embeddings = critic.get_text_config().vocab_size
     if embeddings < len(ours):

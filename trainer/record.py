@@ -80,7 +80,8 @@ class Recorder:
         """The step for people."""
         return (
             f"step {row['step']}/{self._config.run.steps}  reward {row['reward/mean']:.3f}  "
-            f"length {row['response/length_mean']:.0f}  staleness {row['staleness/mean']:.1f} (max {row['staleness/max']})  "
+            f"length {row['response/length_mean']:.0f}  "
+            f"staleness {row['staleness/mean']:.1f} (max {row['staleness/max']})  "
             f"critic std {row['value/std_mean']:.3f}  entropy {row['policy/entropy']:.3f}  "
             f"{row['time/step_s']:.1f} s, {row['time/wait_for_batch_s']:.1f} s of it waiting for groups"
         )

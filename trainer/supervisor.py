@@ -5,8 +5,9 @@
     waits for     the learner
     unblocked by  any process's end, or a signal
 
-Each role is a torch.distributed world of its own, one process per device. On a stop only the learner is told: it finishes
-its step, saves, and stops the critics. When any process fails, the others are ended: nothing trains on half an ensemble.
+Each role is a torch.distributed world of its own, one process per device. On a stop only the learner is told: it
+finishes its step, saves, and stops the critics. When any process fails, the others are ended: nothing trains on half an
+ensemble.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def supervise(config: Config, config_arguments: list[str], should_stop: Callable
                     output = log_directory / f"critic-{index}.log"
                     critics[index] = _start(arguments, devices[f"critic {index}"], config.critic.processes, output)
             channels = [part for address in addresses for part in ("--address", address)]
-            learner = _start([*config_arguments, "--role", "learner", *channels], devices["learner"], config.actor.processes)
+            arguments = [*config_arguments, "--role", "learner", *channels]
+            learner = _start(arguments, devices["learner"], config.actor.processes)
             return _watch(learner, critics, should_stop, log_directory)
         finally:
             for pid in end([*learner, *(process for ranks in critics.values() for process in ranks)], limit_s=15.0):

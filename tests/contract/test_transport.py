@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -50,9 +51,9 @@ class Zmq:
         return ZmqLink(hub.address, identity)
 
     def garbage_to_hub(self, hub: Hub) -> None:
-        with zmq.Context.instance().socket(zmq.DEALER) as socket:
-            socket.connect(hub.address)
-            socket.send_multipart([b"\xc1nonsense", b"", b"more"])
+        with zmq.Context.instance().socket(zmq.DEALER) as stranger:
+            stranger.connect(hub.address)
+            stranger.send_multipart([b"\xc1nonsense", b"", b"more"])
 
     async def garbage_to_link(self, hub: Hub, identity: bytes) -> None:
         assert isinstance(hub, ZmqHub)
@@ -277,10 +278,9 @@ def test_a_link_that_comes_back_under_its_name_is_reached_and_the_old_one_no_lon
 
 
 def free_address() -> str:
-    with zmq.Context.instance().socket(zmq.ROUTER) as probe:
-        port = probe.bind_to_random_port("tcp://127.0.0.1")
-        probe.unbind(f"tcp://127.0.0.1:{port}")
-    return f"tcp://127.0.0.1:{port}"
+    with socket.socket() as probe:  # ZeroMQ would let go of the port a moment later only
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def bound(address: str) -> ZmqHub:

@@ -151,7 +151,6 @@ class Run:
     def left_behind(self, within_s: float) -> list[psutil.Process]:
         return psutil.wait_procs(self.family, timeout=within_s)[1]
 
-
     def end(self) -> None:
         """Leave nothing of a failed test behind."""
         if self.supervisor.is_running():

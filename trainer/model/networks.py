@@ -1,11 +1,12 @@
 """The networks: a Hugging Face model with the few lines around it that turn a packed row into log-probs or values.
 
-Sequences are packed into one row without padding. Attention stays within each sequence because positions restart, the KV
-cache is off, and the attention function gets the boundaries; packed equals one by one (tests/unit/trainer).
+Sequences are packed into one row without padding. Attention stays within each sequence because positions restart, the
+KV cache is off, and the attention function gets the boundaries; packed equals one by one (tests/unit/trainer).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _segments(
             dropout_p=dropout,
             enable_gqa=grouped,
         )
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, end in itertools.pairwise(bounds)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 

@@ -66,7 +66,11 @@ class Packed:
 
 
 def gather(
-    input_ids: Int32, sequence_lengths: Int32, response_lengths: Int32, which: Sequence[int] | Indices, device: torch.device
+    input_ids: Int32,
+    sequence_lengths: Int32,
+    response_lengths: Int32,
+    which: Sequence[int] | Indices,
+    device: torch.device,
 ) -> Packed:
     """The tensors for these sequences of a batch; for none, one dummy token whose results are nobody's.
 

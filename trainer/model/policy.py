@@ -118,4 +118,3 @@ class Policy:
     def load(self, directory: Path) -> None:
         """Go on from `save`."""
         self._engine.load(directory)
-

@@ -20,7 +20,8 @@ _TIMEOUT = timedelta(hours=2)
 class World:
     """Ranks 0..size-1 of one role, one process per device.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them it is one process.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them it is one
+    process.
     """
 
     def __init__(self) -> None:

@@ -45,7 +45,7 @@ from asyncppo.metrics import Journal
 from asyncppo.staleness import may_admit
 from asyncppo.transport.base import Hub
 from trainer.stream.buffer import Buffer, BufferedGroup
-from trainer.stream.ledger import Ledger, LedgerState
+from trainer.stream.ledger import NOT_COMPLETED, Ledger, LedgerState
 from trainer.stream.prompts import Prompt, Prompts
 
 log = logging.getLogger("asyncppo.intake")
@@ -510,7 +510,7 @@ class Intake:
         if evaluation and leased:
             evaluation.again(leased)
         elif lease in self._ledger.records and self._ledger.records[lease].peer == peer.identity:
-            self._drop(lease, "not completed")
+            self._drop(lease, NOT_COMPLETED)
         else:
             return
         peer.in_flight -= 1

@@ -7,6 +7,7 @@ consumed once. At all times: admitted = in flight + buffered + consumed + droppe
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,12 @@ import msgspec
 
 from asyncppo.errors import ConservationError
 from trainer.stream.prompts import Prompt, Prompts
+
+log = logging.getLogger("asyncppo.ledger")
+
+NOT_COMPLETED = "not completed"
+"""Reason of a drop: a server said that it failed, or did not answer in time."""
+_HOPELESS = 5
 
 
 @dataclass(slots=True)
@@ -63,6 +70,7 @@ class Ledger:
     _next_lease: int = field(default_factory=lambda: secrets.randbits(30) << 32)
     _next_position: int = 0
     _fresh: Iterator[tuple[int, Prompt]] | None = None
+    _failures: Counter[int] = field(default_factory=Counter)
     _again: deque[tuple[int, int, Prompt]] = field(default_factory=deque)
 
     @property
@@ -113,12 +121,19 @@ class Ledger:
             self.consumed += 1
 
     def drop(self, lease: int, reason: str) -> None:
-        """This lease ends without being consumed; its prompt will be leased again."""
+        """This lease ends without being consumed; its prompt will be leased again, unless it is hopeless.
+
+        A prompt that `_HOPELESS` servers in a row could not complete is given up: it would be tried for ever.
+        """
         record = self.records.pop(lease)
         self._undue(record)
         self.buffered -= record.buffered
         self.dropped[reason] += 1
-        self._again.append((record.position, record.epoch, record.prompt))
+        self._failures[record.position] += reason == NOT_COMPLETED
+        if self._failures[record.position] < _HOPELESS:
+            self._again.append((record.position, record.epoch, record.prompt))
+        else:
+            log.error("prompt %s is given up: %d times no server completed it", record.prompt.prompt_id, _HOPELESS)
 
     def held_by(self, peer: bytes) -> list[int]:
         """Leases in flight at a server."""

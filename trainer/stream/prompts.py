@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 from asyncppo.config import DataConfig
 from asyncppo.errors import DataError
 from asyncppo.messages import Int32
+
+log = logging.getLogger("asyncppo.prompts")
 
 Tokenize = Callable[[list[dict[str, str]]], Sequence[int]]
 """Chat messages to token ids, with the chat template and its generation prompt."""
@@ -96,6 +99,14 @@ def load_prompts(source: str, data: DataConfig, tokenize: Tokenize, limit: int |
     fitting = [prompt for prompt in prompts.values() if prompt]
     if not fitting:
         raise DataError(f"{source}: all {len(prompts)} prompts are longer than {data.max_prompt_tokens} tokens")
+    if len(fitting) < len(prompts):
+        log.warning(
+            "%s: %d of %d prompts are left out, longer than data.max_prompt_tokens (%d)",
+            source,
+            len(prompts) - len(fitting),
+            len(prompts),
+            data.max_prompt_tokens,
+        )
     return fitting
 
 

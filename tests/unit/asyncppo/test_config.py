@@ -246,3 +246,14 @@ def test_the_documentation_has_a_line_with_a_text_for_every_key() -> None:
         assert list(rows) == list(kind.__struct_fields__)
         for row in rows.values():
             assert len(row.removesuffix(" |").rsplit(" | ", 1)[1]) > 10
+
+
+def test_the_configuration_page_is_the_generated_one() -> None:
+    page = Path(__file__).parents[3] / "docs/configuration.md"
+    assert page.read_text() == config.documentation() + "\n", "run: asyncppo config docs > docs/configuration.md"
+
+
+@pytest.mark.parametrize("top_k", [0, 1])
+def test_greedy_top_k_is_refused(top_k: int) -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.top_k is"):
+        config.load(ROOT / "configs/demo.yaml", [f"sampling.top_k={top_k}"])

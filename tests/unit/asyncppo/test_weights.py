@@ -114,3 +114,10 @@ def test_a_manifest_that_another_program_wrote_is_refused(tmp_path: Path, conten
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(WeightsError, match=r"manifest\.json: is no manifest"):
         verify(tmp_path, 3, checksum(tmp_path / MANIFEST))
+
+
+def test_a_stray_shard_is_refused(published: tuple[Path, str]) -> None:
+    directory, manifest = published
+    (directory / "model-00009.safetensors").write_bytes(b"left by somebody")
+    with pytest.raises(WeightsError, match="model-00009.safetensors: is not in the manifest"):
+        verify(directory, 3, manifest)

@@ -100,9 +100,7 @@ def test_ranks_above_the_first_write_their_parts_and_rename_nothing(tmp_path: Pa
     assert not final.exists()
 
 
-@pytest.mark.parametrize(
-    "override", ["algorithm.critics=1", "actor.path=another/actor", "critic.path=another/critic"]
-)
+@pytest.mark.parametrize("override", ["algorithm.critics=1", "actor.path=another/actor", "critic.path=another/critic"])
 def test_a_checkpoint_of_other_models_is_refused_with_what_differs(tmp_path: Path, override: str) -> None:
     path = save(a_config(tmp_path), 3)
     with pytest.raises(CheckpointError) as caught:

@@ -190,7 +190,9 @@ def served(tmp_path: Path) -> Iterator[Served]:
     pair.end()
 
 
-def test_critics_learn_each_from_its_shard_and_answer_with_values_in_their_order(served: Served, tmp_path: Path) -> None:
+def test_critics_learn_each_from_its_shard_and_answer_with_values_in_their_order(
+    served: Served, tmp_path: Path
+) -> None:
     batch, returns = a_batch(), torch.from_numpy(a_task())
     served.view.wait_until_ready()
     served.view.learn(batch, returns)

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from asyncppo.errors import ConservationError
 from tests.stream_maker import some_prompts
-from trainer.stream.ledger import Ledger, LedgerState
+from trainer.stream.ledger import NOT_COMPLETED, Ledger, LedgerState
 
 pytestmark = pytest.mark.unit
 
@@ -186,3 +186,23 @@ class RunWithResumes(RuleBasedStateMachine):
 
 TestRunWithResumes = RunWithResumes.TestCase
 TestRunWithResumes.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_prompt_that_no_server_completes_is_given_up_after_five_times() -> None:
+    ledger = a_ledger(prompts=3)
+    tried = []
+    for _ in range(5):
+        record = ledger.lease(b"alice", 0, now=0.0)
+        tried.append(record.position)
+        ledger.drop(record.lease, NOT_COMPLETED)
+    assert tried == [0] * 5
+    assert ledger.lease(b"alice", 0, now=0.0).position == 1
+    assert counts(ledger) == (6, 1, 0, 0, 5)
+
+
+def test_a_prompt_that_was_lost_with_its_servers_is_never_given_up() -> None:
+    ledger = a_ledger(prompts=3)
+    for _ in range(20):
+        record = ledger.lease(b"alice", 0, now=0.0)
+        assert record.position == 0
+        ledger.drop(record.lease, "server left")

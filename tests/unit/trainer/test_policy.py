@@ -1,4 +1,4 @@
-"""Claims about the actor: its update is the batch's, however the batch is cut, ordered or masked. Plain engine, float32."""
+"""Claims about the actor: its update is the batch's, however that is cut, ordered or masked. Plain engine, float32."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.unit
 
 
 STEP = 1e-5
-"""Learning rate where weights are compared. Adam's first step is about ± this for every weight: a wrong gradient differs
-by up to twice as much, and rounding, where a gradient is almost 0, by far less."""
+"""Learning rate where weights are compared. Adam's first step is about ± this for every weight: a wrong gradient
+differs by up to twice as much, and rounding, where a gradient is almost 0, by far less."""
 
 
 def some_values(batch: Batch) -> torch.Tensor:
@@ -65,7 +65,11 @@ def test_log_probs_are_at_the_temperature_of_sampling(tmp_path: Path) -> None:
     ("aggregation", "minibatches"), [("seq-mean-token-mean", 1), ("token-mean", 3), ("seq-mean-token-sum", 1)]
 )
 def test_the_update_does_not_depend_on_the_micro_batches(tmp_path: Path, aggregation: str, minibatches: int) -> None:
-    settings = (f"algorithm.loss_aggregation={aggregation}", f"actor.minibatches={minibatches}", f"actor.learning_rate={STEP}")
+    settings = (
+        f"algorithm.loss_aggregation={aggregation}",
+        f"actor.minibatches={minibatches}",
+        f"actor.learning_rate={STEP}",
+    )
     weights, metrics = updated(tmp_path, *settings, "actor.micro_batch_tokens=1000")
     for budget in (1, 13):
         cut_weights, cut_metrics = updated(tmp_path, *settings, f"actor.micro_batch_tokens={budget}")

@@ -86,7 +86,9 @@ def test_a_critic_with_another_tokenizer_is_refused_at_the_first_token_that_diff
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     message = refusal(config(f"critic.path={other}"), ModelError)
-    assert message.startswith(f"{other}: the critic's tokenizer differs from that of the actor {a_model()} (first at 'A':")
+    assert message.startswith(
+        f"{other}: the critic's tokenizer differs from that of the actor {a_model()} (first at 'A':"
+    )
 
 
 def test_a_critic_with_too_few_embeddings_is_refused(config: Callable[..., Config], tmp_path: Path) -> None:
