@@ -1,6 +1,6 @@
 """The plain twin of a run: staleness 0, in-process transport, scripted engine, plain PyTorch, one process.
 
-The same intake, ledger, buffer, targets, losses and rollout loop as the real thing, with each heavy part replaced by its
+The same intake, ledger, buffer, targets, losses and rollout loop as the real thing, each heavy part replaced by its
 twin: `MemoryHub` for ZeroMQ, `ScriptedEngine` (a Hugging Face model that samples from a seed) for SGLang, `PlainEngine`
 for DeepSpeed, threads for processes. Slow, but deterministic: the reference that the asynchronous run is compared with
 (tests/real/test_plain_twin.py), and the place to put a breakpoint.
@@ -52,7 +52,7 @@ TWINS = (
 
 
 class SeededSampler:
-    """A script for `ScriptedEngine`: samples with transformers from a seed of (prompt, version), so it repeats itself."""
+    """A script for `ScriptedEngine`: samples with transformers, seeded by (prompt, version): it repeats itself."""
 
     def __init__(self, config: Config) -> None:
         self._config = config

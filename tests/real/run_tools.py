@@ -89,7 +89,9 @@ class Programs:
         found = []
         for process in psutil.process_iter(["cmdline", "environ", "status"]):
             info = process.info
-            related = mine in " ".join(info["cmdline"] or []) or (info["environ"] or {}).get("ASYNCPPO_TEST_RUN") == mine
+            related = (
+                mine in " ".join(info["cmdline"] or []) or (info["environ"] or {}).get("ASYNCPPO_TEST_RUN") == mine
+            )
             if related and info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(" ".join(info["cmdline"] or [])[:200])
         return found

@@ -1,4 +1,4 @@
-"""The real trainer (DeepSpeed, critics in processes, ZeroMQ) against the plain twin (plain PyTorch, threads, memory)."""
+"""The real trainer (DeepSpeed, processes, ZeroMQ) against the plain twin (plain PyTorch, threads, memory)."""
 
 from __future__ import annotations
 
@@ -22,21 +22,29 @@ STEPS = 4
 
 def plain_module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("plain_run", ROOT / "scripts/plain_run.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def configure(programs: Programs, *more: str) -> Config:
-    overrides = [value for flag, value in zip(programs.arguments, programs.arguments[1:], strict=False) if flag == "--set"]
+    overrides = [
+        value for flag, value in zip(programs.arguments, programs.arguments[1:], strict=False) if flag == "--set"
+    ]
     return load(programs.arguments[1], [*overrides, *more])
 
 
 def test_real_trainer_at_staleness_0_makes_the_plain_twins_parameters(tmp_path: Path, free_port: int) -> None:
     base = tmp_path / "base"
     make_base(base, quick=True)
-    settings = {"run.steps": STEPS, "stream.max_staleness": 0, "sampling.max_response_tokens": 12, "actor.learning_rate": 1e-3}
+    settings = {
+        "run.steps": STEPS,
+        "stream.max_staleness": 0,
+        "sampling.max_response_tokens": 12,
+        "actor.learning_rate": 1e-3,
+    }
     settings |= {"algorithm.utd": 2, "critic.minibatches": 2, "actor.minibatches": 2, "eval.sets": "{}"}
     settings |= {"reward.function": "tests.real.rewards:digits"}  # a quick base never boxes an answer
     plain = plain_module()
@@ -65,6 +73,12 @@ def test_real_trainer_at_staleness_0_makes_the_plain_twins_parameters(tmp_path: 
     assert apart < 1e-4, "beyond what Adam makes of rounding (4e-6 was seen)"
     for left, right in zip(real.steps(), twin.steps(), strict=True):
         assert left["staleness/max"] == right["staleness/max"] == 0
-        for name in ("reward/mean", "response/tokens", "mask/policy", "value/std_mean", "policy/loss", "policy/grad_norm"):
+        for name in (
+            "reward/mean",
+            "response/tokens",
+            "mask/policy",
+            "value/std_mean",
+            "policy/loss",
+            "policy/grad_norm",
+        ):
             assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), (left["step"], name)
-

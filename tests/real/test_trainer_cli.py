@@ -254,3 +254,42 @@ def test_a_killed_learner_ends_the_trainer_with_1_and_its_critics(run: Run) -> N
     assert run.left_behind(within_s=1) == []
     assert "the learner ended with exit code -9; the others are ended too" in run.log.read_text()
     assert "was killed" not in run.said()
+
+
+CRITIC = """
+import sys
+import trainer.__main__ as program
+program._ORPHAN_S = float(sys.argv.pop(1))
+program.app(prog_name="critic")
+"""
+
+
+@pytest.mark.parametrize(("patience_s", "leaves"), [(1, True), (1000, False)])
+def test_a_critic_without_its_supervisor_waits_a_while_for_the_learner_and_then_leaves(
+    tmp_path: Path, patience_s: int, leaves: bool
+) -> None:
+    a_config(tmp_path)
+    socket_file = tmp_path / "critic"
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--role", "critic", "--address", f"ipc://{socket_file}"]
+    orphan = subprocess.Popen(
+        [sys.executable, "-c", CRITIC, str(patience_s), *arguments],
+        cwd=REPOSITORY,
+        env=environment() | {"ASYNCPPO_SUPERVISED": str(1 << 30)},  # nobody's pid
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        if not leaves:
+            deadline = time.monotonic() + START_S
+            while not socket_file.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            with pytest.raises(subprocess.TimeoutExpired):
+                orphan.wait(5)
+            orphan.terminate()
+        _, said = orphan.communicate(timeout=START_S)
+        assert orphan.returncode == 0, said
+        assert "Traceback" not in said
+    finally:
+        orphan.kill()
+        orphan.wait()

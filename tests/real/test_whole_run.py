@@ -64,7 +64,10 @@ def test_two_critics_give_a_std_and_both_masks_take_a_fifth(complete: tuple[Prog
 
 def test_held_out_problems_are_evaluated_before_and_after(complete: tuple[Programs, int, int]) -> None:
     events = complete[0].events("eval")
-    assert [(event["policy_version"], event["problems"], event["samples"]) for event in events] == [(0, 8, 2), (6, 8, 2)]
+    assert [(event["policy_version"], event["problems"], event["samples"]) for event in events] == [
+        (0, 8, 2),
+        (6, 8, 2),
+    ]
 
 
 def test_exported_actor_loads_as_an_ordinary_hugging_face_directory(complete: tuple[Programs, int, int]) -> None:
@@ -119,7 +122,7 @@ def test_servers_come_and_go_engines_die_and_the_trainer_comes_back(
 
         trainer = programs.trainer()
         programs.until("steps of the resumed trainer", lambda: len(programs.steps()) >= reached + 3)
-        assert [row["step"] for row in programs.steps()][:reached + 3] == list(range(1, reached + 4))
+        assert [row["step"] for row in programs.steps()][: reached + 3] == list(range(1, reached + 4))
         trainer.send_signal(signal.SIGINT)
         second.send_signal(signal.SIGINT)
         assert programs.ended(trainer) == 0, programs.log("trainer")

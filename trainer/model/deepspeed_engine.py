@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ class DeepSpeedEngine:
         if on_cpu:
             # Else every first use compiles a shared-memory all-reduce that training never calls (30 s, needs ninja).
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if model.offload_optimizer:
+            _find_ninja()
         deepspeed.init_distributed(dist_backend=None, verbose=False)
         self._zero3 = model.zero_stage == 3
         self._world = world
@@ -72,11 +76,17 @@ class DeepSpeedEngine:
             raise CheckpointError(f"{directory}: DeepSpeed could not load it")
 
 
+def _find_ninja() -> None:
+    """Put this environment's programs on the PATH: compiling needs ninja, and nobody activates an environment here."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
 def deepspeed_config(model: ModelConfig, *, on_cpu: bool) -> dict[str, Any]:
     """DeepSpeed's config for a model: one optimiser step a `step()`, accumulation by the caller."""
     adam = {"lr": model.learning_rate, "betas": list(model.betas), "weight_decay": model.weight_decay}
-    # DeepSpeed's own Adam is compiled at first use: on a GPU that pays, on a CPU it costs 100 s and a compiler.
-    adam["torch_adam"] = on_cpu and not model.offload_optimizer
+    # PyTorch's AdamW: DeepSpeed's own is compiled at first use (100 s and a compiler on a CPU, the CUDA toolkit on a
+    # GPU). Only the offloaded one has no other form; it finds ninja beside the interpreter (`_find_ninja`).
+    adam["torch_adam"] = not model.offload_optimizer
     zero: dict[str, Any] = {"stage": model.zero_stage}
     if model.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}

@@ -98,6 +98,8 @@ def check_causal_lm(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if not Path(path).exists() and path.count("/") != 1:  # hub names have one
+            raise ModelError(f"{path}: there is no such model directory") from None
         first = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{path}: there is no such model directory, and it cannot be had from a hub either: {first}"
