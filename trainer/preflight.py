@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import cached_file
 
 from asyncppo.config import Config
 from asyncppo.errors import ConfigError, ModelError
@@ -102,7 +103,7 @@ def load_data(config: Config) -> Data:
     return Data(
         train=load_prompts(config.data.train, config.data, tokenize),
         eval_sets=_eval_sets(config, tokenize),
-        tokenizer_directory=Path(tokenizer.name_or_path),
+        tokenizer_directory=_files_of(config.actor.path),
     )
 
 
@@ -120,6 +121,11 @@ def _eval_sets(config: Config, tokenize: Tokenize) -> dict[str, list[Prompt]]:
         name: load_prompts(source, config.data, tokenize, config.eval.limit)
         for name, source in config.eval.sets.items()
     }
+
+
+def _files_of(path: str) -> Path:
+    """Where a model's files are: its directory, or a hub model's snapshot in the cache."""
+    return Path(path) if Path(path).is_dir() else Path(cached_file(path, "tokenizer.json")).parent
 
 
 def _tokenizer(path: str):  # type: ignore[no-untyped-def]  # transformers has no types

@@ -41,8 +41,8 @@ def test_a_line_says_who_speaks_and_only_marks_what_is_not_info(capsys: pytest.C
 
 def test_other_libraries_speak_up_only_with_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging("critic 1")
-    logging.getLogger("transformers.trainer").info("not shown")
-    logging.getLogger("transformers.trainer").warning("shown")
+    logging.getLogger("urllib3.connectionpool").info("not shown")
+    logging.getLogger("urllib3.connectionpool").warning("shown")
     assert lines(capsys) == ["critic 1: warning: shown"]
 
 

@@ -1,8 +1,11 @@
 """Claims about preflight: whatever cannot work is refused before anything expensive starts, in one line that helps."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from trainer import preflight
 pytestmark = pytest.mark.unit
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -49,6 +52,36 @@ def test_what_can_work_comes_back_as_tokenised_prompts(config: Callable[..., Con
     assert data.train[2].prompt_ids.dtype == np.int32
     assert [len(prompts) for prompts in data.eval_sets.values()] == [2]
     assert (data.tokenizer_directory / "tokenizer.json").read_bytes() == (a_model() / "tokenizer.json").read_bytes()
+
+
+HUB_MODEL = """
+import sys
+from asyncppo.config import load
+from trainer import preflight
+config = load(sys.argv[1], ["actor.path=nobody/tiny"])
+preflight.check_models(config)
+print(preflight.load_data(config).tokenizer_directory)
+"""
+
+
+def test_a_hub_models_tokenizer_files_are_found_in_the_cache(tmp_path: Path) -> None:
+    a_config(tmp_path)
+    cached = tmp_path / "hub" / "models--nobody--tiny"
+    shutil.copytree(a_model(), cached / "snapshots" / "0123abcd")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abcd")
+    ended = subprocess.run(
+        [sys.executable, "-c", HUB_MODEL, str(tmp_path / "config.yaml")],
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = Path(ended.stdout.splitlines()[-1])
+    assert (found / "tokenizer.json").read_bytes() == (a_model() / "tokenizer.json").read_bytes()
+    assert (found / "chat_template.jinja").is_file()
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
