@@ -47,7 +47,7 @@ from asyncppo.messages import (
     Welcome,
 )
 from asyncppo.transport.base import Link
-from rollout_server.engine import Engine, Response
+from rollout_server.engine import UNLOADED, Engine, Response
 from rollout_server.hot_swap import HotSwap
 from rollout_server.reward import Grade, Grader
 
@@ -238,7 +238,7 @@ class RolloutServer:
             case WeightsReady():
                 self._swap.announce(message)
             case Pulse():
-                if message.policy_version != self._swap.announced_version:
+                if message.policy_version not in (UNLOADED, self._swap.announced_version):
                     # It was announced before this pulse was sent, so the announcement was lost.
                     self._say_hello_again(f"version {message.policy_version} is out, and was never announced here")
             case Unknown():
