@@ -316,6 +316,17 @@ def test_a_pulse_with_a_version_that_was_never_announced_here_makes_the_server_s
     run(scenario())
 
 
+def test_a_pulse_of_a_trainer_that_has_not_published_yet_is_no_lost_announcement(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            await world.welcome(0)
+            world.send(Pulse(policy_version=-1))
+            assert not [message for message in await world.quiet(5 * HEARTBEAT_S) if isinstance(message, Hello)]
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("how", ["unknown", "another trainer"])
 def test_leases_in_progress_are_void_for_a_trainer_that_does_not_know_them(tmp_path: Path, how: str) -> None:
     async def scenario() -> None:
