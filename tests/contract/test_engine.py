@@ -7,7 +7,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
+from asyncppo import ports
 from asyncppo.config import Config, SamplingConfig, from_tree
 from asyncppo.errors import EngineError
 from rollout_server.engine import UNLOADED, Engine, Response, ScriptedEngine
@@ -77,9 +77,7 @@ def sglang_url(
     quick_base: Path, rollout_python: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Path]]:
     """A real SGLang, one for all claims, and its log."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = ports.free_port()
     model = quick_base / "actor"
     log = tmp_path_factory.mktemp("sglang") / "sglang.log"
     arguments = child_arguments(a_config(model), str(model), "cpu", port)

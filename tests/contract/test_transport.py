@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import zmq
 
+from asyncppo import ports
 from asyncppo.errors import AddressError, MessageError
 from asyncppo.messages import Ack, Codec, CriticReady, Done, Failed, Learned, Message, Pulse, Stop, ToCritic, ToLearner
 from asyncppo.transport.base import Channel, Hub, Link
@@ -278,9 +278,7 @@ def test_a_link_that_comes_back_under_its_name_is_reached_and_the_old_one_no_lon
 
 
 def free_address() -> str:
-    with socket.socket() as probe:  # ZeroMQ would let go of the port a moment later only
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return f"tcp://127.0.0.1:{ports.free_port()}"
 
 
 def bound(address: str) -> ZmqHub:

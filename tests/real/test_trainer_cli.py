@@ -14,6 +14,7 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
+from asyncppo import ports
 from asyncppo.config import Config
 from asyncppo.metrics import EVENTS_FILE, read
 from tests.model_maker import a_config, a_model
@@ -24,12 +25,6 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 REPOSITORY = Path(__file__).parents[2]
 START_S = 120
 """A loaded machine takes this long at most to import PyTorch three times."""
-
-
-def a_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def command(directory: Path, *arguments: str) -> list[str]:
@@ -76,7 +71,7 @@ def test_what_cannot_work_exits_2_with_one_line_and_starts_nothing(tmp_path: Pat
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
-        places = {"directory": tmp_path, "port": a_free_port(), "taken": holder.getsockname()[1]}
+        places = {"directory": tmp_path, "port": ports.free_port(), "taken": holder.getsockname()[1]}
         a_config(tmp_path, f"stream.address=tcp://127.0.0.1:{places['port']}")
         (tmp_path / "empty.jsonl").touch()
         overrides, expected = BAD[case]
@@ -109,7 +104,7 @@ def test_a_role_that_is_started_by_hand_refuses_what_cannot_work_too(
     tmp_path: Path, arguments: tuple[str, ...], expected: str
 ) -> None:
     a_config(tmp_path)
-    port = a_free_port()
+    port = ports.free_port()
     assert expected.format(port=port) in refusal(tmp_path, *(part.format(port=port) for part in arguments))
 
 
@@ -120,7 +115,7 @@ class Run:
     """A trainer with two critics that waits for rollout servers, and all the processes it started."""
 
     def __init__(self, directory: Path) -> None:
-        address = f"stream.address=tcp://127.0.0.1:{a_free_port()}"
+        address = f"stream.address=tcp://127.0.0.1:{ports.free_port()}"
         self.config: Config = a_config(directory, address)
         self.log = directory / "trainer.log"
         with self.log.open("ab") as sink:
@@ -206,7 +201,7 @@ def test_the_same_command_goes_on_from_there_and_a_foreign_checkpoint_is_refused
         run.supervisor.send_signal(signal.SIGTERM)
         assert run.supervisor.wait(timeout=60) == 0, run.said()
     assert "going on from" in run.said()
-    other = ("--set", "algorithm.critics=1", "--set", f"stream.address=tcp://127.0.0.1:{a_free_port()}")
+    other = ("--set", "algorithm.critics=1", "--set", f"stream.address=tcp://127.0.0.1:{ports.free_port()}")
     ended = subprocess.run(
         command(tmp_path, *other), cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=90
     )

@@ -4,7 +4,6 @@ One process and then two run tests/ranks.py over all cases; each test looks at o
 """
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from asyncppo import ports
 from tests.model_maker import a_config, largest_difference, make_model
 from tests.ranks import BATCHES, STAGES
 
@@ -24,9 +24,7 @@ LIMIT_S = 120
 
 def run_ranks(directory: Path, size: int) -> None:
     """tests/ranks.py on `size` ranks; fails with their output when one fails or hangs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = ports.free_port()
     outputs = [directory / f"rank-{size}-{rank}.log" for rank in range(size)]
     processes = []
     for rank, output in enumerate(outputs):

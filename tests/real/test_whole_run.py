@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from asyncppo import ports
 from tests.real.run_tools import Programs
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
@@ -19,7 +20,9 @@ def complete(
     quick_base: Path, rollout_python: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Programs, int, int]]:
     """A run to its end, the rollout server started first; with both exit codes."""
-    programs = Programs(quick_base, tmp_path_factory.mktemp("run"), _port(), rollout_python, **{"run.steps": 6})
+    programs = Programs(
+        quick_base, tmp_path_factory.mktemp("run"), ports.free_port(), rollout_python, **{"run.steps": 6}
+    )
     try:
         server = programs.rollout("r0")
         trainer = programs.trainer()
@@ -131,11 +134,3 @@ def test_servers_come_and_go_engines_die_and_the_trainer_comes_back(
         assert programs.left_behind() == []
     finally:
         programs.end()
-
-
-def _port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

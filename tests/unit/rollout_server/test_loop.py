@@ -394,7 +394,7 @@ def test_a_server_without_a_trainer_gives_up_and_says_for_how_long_it_tried(tmp_
 
 def test_a_lease_outlives_the_engine_that_died_under_it(tmp_path: Path) -> None:
     async def scenario() -> None:
-        world = World(tmp_path, token_s=0.01)
+        world = World(tmp_path, token_s=0.4)  # many heartbeats, so that one of them says "generating"
         async with world.serving():
             await world.welcome(3)
             world.send(a_lease(1))

@@ -23,13 +23,6 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
 def config(tmp_path: Path, free_port: int) -> Callable[..., Config]:
     return lambda *overrides: a_config(tmp_path, f"stream.address=tcp://127.0.0.1:{free_port}", *overrides)
 
