@@ -152,6 +152,7 @@ def child_arguments(config: Config, model: str, device: str, port: int) -> list[
             "mem_fraction_static": 0.05,
             "max_total_tokens": rollout.max_groups * config.sampling.group_size * longest,
             "skip_server_warmup": True,
+            "sleep_on_idle": True,  # else its scheduler keeps a core busy with waiting, which others here could use
         }
     settings |= {key.replace("-", "_"): value for key, value in rollout.engine_args.items()}
     arguments = []

@@ -72,7 +72,7 @@ def versions(quick_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     return weights
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sglang_url(
     quick_base: Path, rollout_python: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Path]]:
