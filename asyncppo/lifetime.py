@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import psutil
 
 _PR_SET_PDEATHSIG = 1
+_KILL_S = 5.0
+"""A killed process is gone within this time."""
 
 SAME_REQUEST_S = 0.5
 """Signals this close together are one request: the kernel announces a parent's death once for each of its threads."""
@@ -72,15 +74,21 @@ def end(children: Iterable[subprocess.Popen[bytes]], limit_s: float) -> list[int
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(child.pid)
             family += [process, *process.children(recursive=True)]
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=limit_s)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=5)
+    killed = end_processes(family, limit_s)
     codes = {process.pid: getattr(process, "returncode", None) for process in family}
     for child in running:
         child.returncode = codes.get(child.pid)  # psutil has waited for it: Popen could not learn it any more
+    return killed
+
+
+def end_processes(processes: Sequence[psutil.Process], limit_s: float) -> list[int]:
+    """SIGTERM to these processes, SIGKILL after the limit; returns the pids that needed it."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=limit_s)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_KILL_S)
     return [process.pid for process in alive]

@@ -23,7 +23,7 @@ import psutil
 
 import asyncppo
 from asyncppo.errors import UserError
-from asyncppo.lifetime import end
+from asyncppo.lifetime import end, end_processes
 
 Role = Literal["trainer", "rollout"]
 
@@ -164,15 +164,7 @@ class Programs:
         """SIGTERM to them and all their descendants, SIGKILL after the limit; returns the names that needed force."""
         running = self.running()
         killed = end([program.process for program in running], limit_s)
-        orphans = psutil.Process().children(recursive=True)
-        for process in orphans:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, alive = psutil.wait_procs(orphans, timeout=limit_s)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=_KILL_AFTER_S)
+        end_processes(psutil.Process().children(recursive=True), limit_s)  # orphans that came back to us
         return [program.name for program in running if program.process.pid in killed]
 
 
