@@ -29,6 +29,8 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 UnitInterval = Annotated[float, Meta(ge=0, le=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
+Scheduled = Fraction | list[tuple[NonNegative, Fraction]]
+"""A constant, or points (version, value) between which it runs in a straight line: `[[0, 0.0], [100, 0.2]]`."""
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +52,8 @@ class RunConfig(Section, frozen=True, kw_only=True):
     """Steps between checkpoints; 0 saves only at the end and on a stop."""
     keep_checkpoints: Positive = 2
     """How many checkpoints are kept."""
+    inspect_every: NonNegative = 10
+    """Steps between samples for `asyncppo inspect`: one group, token by token, of every such step; 0 keeps none."""
 
 
 class DataConfig(Section, frozen=True, kw_only=True):
@@ -107,7 +111,15 @@ class RewardConfig(Section, frozen=True, kw_only=True):
     """How responses are graded. Both ends must agree on this section."""
 
     function: str = "math_verify"
-    """`math_verify`, or `package.module:function` with (response text, gold answer) -> reward in [0, 1]."""
+    """`math_verify`, or `package.module:function` with (response text, gold answer) -> reward in [0, 1], or such a
+    reward with process rewards (docs/extending.md). Not used where `functions` is given."""
+    functions: dict[str, float] = {}
+    """Several such functions with their weights; the reward is the weighted sum."""
+    overlong_buffer: NonNegative = 0
+    """DAPO's soft overlong punishment: over the last so many tokens before `sampling.max_response_tokens` the reward
+    falls linearly by `overlong_penalty`; 0 has none."""
+    overlong_penalty: PositiveFloat = 1.0
+    """What a response of `sampling.max_response_tokens` loses."""
     workers: Positive = 1
     """Grading processes of each rollout server."""
     timeout_s: PositiveFloat = 10.0
@@ -123,6 +135,8 @@ class StreamConfig(Section, frozen=True, kw_only=True):
     """Groups of one trainer step, B."""
     max_staleness: Annotated[int, Meta(ge=0, le=64)] = 4
     """No batch ever holds a group staler than this many versions."""
+    drop_equal_rewards: bool = False
+    """DAPO's dynamic sampling: a group whose responses all have the same reward is not trained on, and counted."""
     ready_batches: Positive = 1
     """No prompt is leased while this many whole batches wait to be trained: more would only grow old."""
     insecure: bool = False
@@ -144,37 +158,82 @@ class AlgorithmConfig(Section, frozen=True, kw_only=True):
     """M. 0 is GRPO (group-normalised advantages), 1 is PPO, 2 is AsyPPO."""
     shards: Literal["disjoint", "shared"] = "disjoint"
     """Which responses of each group a critic learns from: its own part, or all."""
-    aggregation: Literal["mean", "min"] = "mean"
-    """How the critics' values become one."""
+    aggregation: Literal["mean", "min", "confidence"] = "mean"
+    """How the critics' values become one; `confidence` weights each by the inverse of its running squared error."""
     gamma: UnitInterval = 1.0
     """Discount of rewards."""
     lam: UnitInterval = 1.0
-    """GAE's lambda for the actor; the critics' target is the Monte-Carlo return."""
+    """GAE's lambda for the actor (`critic.lam` is that of the critics' target)."""
+    lam_length_alpha: PositiveFloat | None = None
+    """VAPO's length-adaptive lambda for the actor, 1 - 1/(alpha * length), in place of `lam`."""
+    group_std: bool = True
+    """Without critics: divide by the standard deviation of the group's rewards (GRPO), or do not (Dr. GRPO)."""
     whiten_advantages: bool = False
     """Shift and scale the batch's advantages to zero mean and unit standard deviation."""
-    mask_fraction: Fraction = 0.2
-    """k: tokens of lowest value std that leave the policy term."""
+    mask_signal: Literal["value_std", "entropy", "random"] = "value_std"
+    """What orders the tokens for both masks; `entropy` is the paper's comparison, `random` a control."""
+    mask_fraction: Scheduled = 0.2
+    """k: tokens of lowest signal that leave the policy term."""
     entropy_coef: NonNegativeFloat = 0.01
     """beta: weight of the entropy bonus."""
-    entropy_filter: Fraction = 0.2
-    """h: tokens of highest value std that leave the entropy bonus."""
+    entropy_filter: Scheduled = 0.2
+    """h: tokens of highest signal that leave the entropy bonus."""
     mask_scope: Literal["batch", "sequence"] = "batch"
     """Whether the masks' fractions are of the whole batch or of each response."""
     utd: Annotated[int, Meta(ge=1, le=4)] = 1
-    """Optimiser passes over each batch (update-to-data ratio)."""
+    """How often each group is trained on (update-to-data ratio)."""
+    reuse: Literal["epochs", "replay"] = "epochs"
+    """`epochs`: `utd` passes within one step, with one proximal and one set of targets. `replay`: the group returns to
+    the buffer and is drawn again at later versions while its staleness allows, with everything computed anew."""
+    ratio: Literal["token", "sequence", "prefix-min"] = "token"
+    """Ratio of current to proximal: PPO's of each token, GSPO's of the sequence, MinPRO's least of any prefix."""
+    trust: Literal["clip", "divergence"] = "clip"
+    """What keeps the update small: PPO's clip, or DPPO's limit on the binary total variation."""
     clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2
     """PPO's clip below 1."""
     clip_high: PositiveFloat = 0.2
     """PPO's clip above 1."""
+    dual_clip: Annotated[float, Meta(gt=1)] | None = None
+    """Dual-clip PPO: with a negative advantage the ratio counts at most so much."""
+    divergence_limit: PositiveFloat = 0.2
+    """Limit of `trust: divergence`."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of KL(current‖reference); 0 loads no reference."""
+    reference: str | None = None
+    """The reference policy, a Hugging Face directory or hub name; without it the actor as it was at the start."""
+    proximal: Literal["recompute", "interpolate", "behaviour"] = "recompute"
+    """Anchor of the ratio: the actor when the batch's update began (decoupled PPO), A-3PO's interpolation without that
+    forward pass, or the policy that drew the tokens (PPO without correction for staleness)."""
     behaviour_mode: Literal["mask", "clamp", "off"] = "mask"
     """What happens where the behaviour weight exceeds its cap; `off` leaves the weight out."""
+    behaviour_level: Literal["token", "sequence"] = "token"
+    """The behaviour weight of each token, or the product over the response."""
     behaviour_cap: Annotated[float, Meta(ge=1)] = 5.0
     """Cap of the behaviour weight, proximal over behaviour."""
-    loss_aggregation: Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum"] = "seq-mean-token-mean"
-    """How token losses become one, always with denominators of the global batch."""
+    loss_aggregation: Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "constant"] = (
+        "seq-mean-token-mean"
+    )
+    """How token losses become one, always with denominators of the global batch; `constant` divides by responses times
+    `sampling.max_response_tokens` (Dr. GRPO)."""
     truncated: Literal["zero", "mask", "bootstrap"] = "zero"
     """A truncated response keeps its reward and a terminal value of 0, leaves the losses, or bootstraps from its last
     value."""
+
+
+class GuardConfig(Section, frozen=True, kw_only=True):
+    """What watches over an update: the brake, the skipped step, the alarm."""
+
+    min_ess: UnitInterval = 0.3
+    """The brake: an effective sample size below this fraction lowers `algorithm.utd`, then the staleness bound, one a
+    step; 0 does not look."""
+    max_logprob_gap: PositiveFloat | None = None
+    """The brake, likewise, when trainer and engine differ by more on average (nats, tokens of the current version)."""
+    recover_after: Positive = 10
+    """Good steps after which the brake is eased by one."""
+    max_skipped: Positive = 3
+    """Steps in a row whose loss or gradient is not finite, and which are therefore skipped, before the run ends."""
+    min_separation: NonNegativeFloat = 0.01
+    """The alarm: critics whose std is less than this share of their value's spread over tokens have become one."""
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):
@@ -221,13 +280,41 @@ class ActorConfig(ModelConfig, frozen=True, kw_only=True):
     """A Hugging Face directory or hub name."""
 
 
+class CriticOverride(Section, frozen=True, kw_only=True):
+    """What one critic has otherwise than the others."""
+
+    path: str | None = None
+    learning_rate: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+    warmup_steps: NonNegative | None = None
+    minibatches: Positive | None = None
+    epochs: Positive | None = None
+    micro_batch_tokens: Positive | None = None
+
+
 class CriticConfig(ModelConfig, frozen=True, kw_only=True):
     """The critics: any checkpoint, with a scalar head."""
 
     path: str | None = None
     """A Hugging Face directory or hub name; without it the actor's (a symmetric critic)."""
+    each: list[CriticOverride] = []
+    """What differs from critic to critic, in their order (`[{path: a}, {path: b, learning_rate: 2.0e-5}]`); empty, or
+    one entry for each."""
     epochs: Positive | None = None
-    """Passes of a critic over its shard in each step; without it `algorithm.utd`."""
+    """Passes of a critic over its shard in each step; without it `algorithm.utd` (with `reuse: epochs`) or 1."""
+    lam: UnitInterval = 1.0
+    """Lambda of the critics' target: 1 is the Monte-Carlo return, less is TD(lambda) on the critic's own values."""
+    value_clip: PositiveFloat | None = None
+    """PPO's value clip, in units of return, around the values before the step; without it there is none."""
+    warmup_batches: NonNegative = 0
+    """The warm start: so many batches of the first policy version train the critics alone, before the actor's first
+    step."""
+    warmup_learning_rate: PositiveFloat | None = None
+    """Learning rate at the start of the warm start, from where it falls linearly to 0; without it `learning_rate`
+    throughout."""
+    warmup_directory: str | None = None
+    """Critics that were warm-started by the same settings are taken from here and not trained again; otherwise they
+    are written here."""
     addresses: list[str] = []
     """Where critics that were started by hand listen, `tcp://host:port` each; empty starts them beside the learner."""
     timeout_s: PositiveFloat = 1800.0
@@ -276,6 +363,7 @@ class Config(Section, frozen=True, kw_only=True):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     actor: ActorConfig
     critic: CriticConfig = CriticConfig()
+    guard: GuardConfig = GuardConfig()
     rollout: RolloutConfig = RolloutConfig()
     publish: PublishConfig = PublishConfig()
 
@@ -290,15 +378,23 @@ class Config(Section, frozen=True, kw_only=True):
         tag = hashlib.sha256(str(self.run_directory.resolve()).encode()).hexdigest()[:8]
         return Path(self.publish.directory) / f"asyncppo-{self.run.name}-{tag}"
 
-    @property
-    def critic_path(self) -> str:
-        """The critics' checkpoint."""
-        return self.critic.path or self.actor.path
+    def critic_of(self, index: int) -> CriticConfig:
+        """The section `critic` as it is for one critic: its `each` entry applied, its path and epochs filled in."""
+        mine = self.critic.each[index] if self.critic.each else CriticOverride()
+        own = {key: value for key, value in msgspec.structs.asdict(mine).items() if value is not None}
+        merged = msgspec.structs.replace(self.critic, **own, each=[])
+        passes = 1 if self.algorithm.reuse == "replay" else self.algorithm.utd
+        return msgspec.structs.replace(merged, path=merged.path or self.actor.path, epochs=merged.epochs or passes)
 
     @property
-    def critic_epochs(self) -> int:
-        """Passes of each critic over its shard in one step."""
-        return self.critic.epochs or self.algorithm.utd
+    def critic_paths(self) -> list[str]:
+        """The checkpoint of each critic."""
+        return [str(self.critic_of(index).path) for index in range(self.algorithm.critics)]
+
+    @property
+    def passes(self) -> int:
+        """Optimiser passes of the actor over one batch."""
+        return self.algorithm.utd if self.algorithm.reuse == "epochs" else 1
 
     @property
     def responses_per_batch(self) -> int:
@@ -313,12 +409,17 @@ class Config(Section, frozen=True, kw_only=True):
     @property
     def actor_steps(self) -> int:
         """Optimiser steps of the actor in the whole run."""
-        return self.run.steps * self.algorithm.utd * self.actor.minibatches
+        return self.run.steps * self.passes * self.actor.minibatches
+
+    def critic_steps(self, index: int) -> int:
+        """Optimiser steps of one critic in the whole run, its warm start apart."""
+        critic = self.critic_of(index)
+        return self.run.steps * (critic.epochs or 1) * critic.minibatches
 
     @property
-    def critic_steps(self) -> int:
-        """Optimiser steps of each critic in the whole run."""
-        return self.run.steps * self.critic_epochs * self.critic.minibatches
+    def warmup_groups(self) -> int:
+        """Groups of the critics' warm start."""
+        return self.critic.warmup_batches * self.stream.prompts_per_batch if self.algorithm.critics else 0
 
     def derived(self) -> dict[str, str | int]:
         """What follows from the keys, for `asyncppo config show`."""
@@ -327,9 +428,9 @@ class Config(Section, frozen=True, kw_only=True):
             "weights_directory": str(self.weights_directory),
             "responses_per_batch": self.responses_per_batch,
             "max_admitted_groups": self.max_admitted,
-            "prompts_of_the_run": self.run.steps * self.stream.prompts_per_batch,
+            "prompts_of_the_run": self.warmup_groups + self.run.steps * self.stream.prompts_per_batch,
             "actor_optimizer_steps": self.actor_steps,
-            "critic_optimizer_steps": self.critic_steps if self.algorithm.critics else 0,
+            "critic_optimizer_steps": self.critic_steps(0) if self.algorithm.critics else 0,
             "trainer_processes": self.actor.processes + self.algorithm.critics * self.critic.processes,
             "agreement_hash": self.agreement_hash(),
         }
@@ -357,6 +458,21 @@ class Config(Section, frozen=True, kw_only=True):
             )
         if self.algorithm.critics == 0 and self.sampling.group_size == 1:
             raise ConfigError("algorithm.critics is 0 (GRPO) but sampling.group_size is 1: a group needs 2 or more")
+        if self.critic.each and len(self.critic.each) != self.algorithm.critics:
+            raise ConfigError(
+                f"critic.each has {len(self.critic.each)} entries for {self.algorithm.critics} critics: leave it "
+                "empty, or give one for each"
+            )
+        if self.algorithm.mask_signal == "entropy" and self.algorithm.proximal != "recompute":
+            raise ConfigError(
+                f"algorithm.mask_signal is entropy, which the proximal pass computes, and algorithm.proximal is "
+                f"{self.algorithm.proximal}: set algorithm.proximal to recompute"
+            )
+        for key in ("mask_fraction", "entropy_filter"):
+            points = getattr(self.algorithm, key)
+            versions = [version for version, _ in points] if isinstance(points, list) else [0]
+            if not versions or versions != sorted(set(versions)):
+                raise ConfigError(f"algorithm.{key}: expected points [version, value] with rising versions")
         if int(self.stream.address.rpartition(":")[2]) > 65535:
             raise ConfigError(f"stream.address is {self.stream.address}: ports end at 65535")
         if self.critic.addresses and len(self.critic.addresses) != self.algorithm.critics:
@@ -368,7 +484,8 @@ class Config(Section, frozen=True, kw_only=True):
         wanted = self.algorithm.critics * self.critic.processes
         if self.critic.devices and len(self.critic.devices) != wanted:
             raise ConfigError(f"critic.devices has {len(self.critic.devices)} GPUs for {wanted} critic processes")
-        for section, model in (("actor", self.actor), ("critic", self.critic)):
+        critics = [("critic", self.critic_of(index)) for index in range(self.algorithm.critics)]
+        for section, model in (("actor", self.actor), *critics):
             if model.minibatches > self.stream.prompts_per_batch:
                 raise ConfigError(
                     f"{section}.minibatches is {model.minibatches}, more than the {self.stream.prompts_per_batch} "
@@ -376,6 +493,16 @@ class Config(Section, frozen=True, kw_only=True):
                 )
             if model.engine == "plain" and model.processes > 1:
                 raise ConfigError(f"{section}.engine is plain, which trains in one process; use deepspeed for more")
+
+
+def at(scheduled: float | list[tuple[int, float]], version: int) -> float:
+    """The value of a `Scheduled` key at a version: straight lines between its points, constant outside them."""
+    if not isinstance(scheduled, list):
+        return scheduled
+    for (start, low), (end, high) in itertools.pairwise(scheduled):
+        if start <= version < end:
+            return low + (high - low) * (version - start) / (end - start)
+    return scheduled[0][1] if version < scheduled[0][0] else scheduled[-1][1]
 
 
 def load(path: Path | str, overrides: typing.Sequence[str] = ()) -> Config:
