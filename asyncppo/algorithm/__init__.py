@@ -4,18 +4,21 @@ Nothing here knows of configs, processes, devices, models or files, and nothing 
 this order:
 
     sharding     which critic learns from which response of a group    once per group, when it is leased
-    advantages   returns: what the critics regress on                  before the critics' update
+    advantages   token_rewards; returns or lambda_returns:             before the critics' update
+                 what the critics regress on
     losses       value_loss                                            in the critics' update
-    ensemble     mean (or min) and standard deviation over critics     [M, T] -> [T], [T]
-    advantages   gae on the mean value                                 [T]
+    ensemble     mean (or min, or by confidence) and standard          [M, T] -> [T], [T]
+                 deviation over critics
+    advantages   gae on that value (no critic: group_normalized)       [T]
     masks        which tokens drive the policy, and the entropy bonus  [T], [T]
-    losses       policy_loss                                           in the actor's update
+    ratios       interpolated_proximal: A-3PO, in place of a pass      in the actor's update
+    losses       policy_loss, every variant by its Objective           in the actor's update
 
 Words and shapes, the same in every module:
 
     N        responses of the global batch
     T        response tokens of the global batch, packed one response after the other; no prompt token, no padding
-    t        tokens of a micro-batch: any subset of the T
+    n, t     responses and tokens of a micro-batch: any whole responses of the N (`value_loss`: any of the T tokens)
     M        critics
     lengths  int64 [N], the tokens |o| of each response, all >= 1, sum T
     V_t      the value of the state *before* token t: the prompt and the response tokens before t
@@ -24,27 +27,48 @@ Floating tensors are float32 or float64. A wrong shape or value is a ValueError 
 say what was expected and what came.
 """
 
-from asyncppo.algorithm.advantages import final_rewards, gae, group_normalized, returns, segment_ids, whiten
-from asyncppo.algorithm.ensemble import aggregate, value_std
+from asyncppo.algorithm.advantages import (
+    gae,
+    group_normalized,
+    lambda_returns,
+    length_adaptive_lambda,
+    overlong_penalty,
+    returns,
+    segment_ids,
+    token_rewards,
+    whiten,
+)
+from asyncppo.algorithm.ensemble import aggregate, critic_errors, running, separation, value_std
 from asyncppo.algorithm.losses import Loss, explained_variance, policy_loss, token_weights, value_loss
-from asyncppo.algorithm.masks import highest, keep_for_entropy, keep_for_policy, lowest
+from asyncppo.algorithm.masks import highest, keep_for_entropy, keep_for_policy, lowest, random_signal
+from asyncppo.algorithm.objective import Objective
+from asyncppo.algorithm.ratios import interpolated_proximal
 from asyncppo.algorithm.sharding import assign_shards
 
 __all__ = [
     "Loss",
+    "Objective",
     "aggregate",
     "assign_shards",
+    "critic_errors",
     "explained_variance",
-    "final_rewards",
     "gae",
     "group_normalized",
     "highest",
+    "interpolated_proximal",
     "keep_for_entropy",
     "keep_for_policy",
+    "lambda_returns",
+    "length_adaptive_lambda",
     "lowest",
+    "overlong_penalty",
     "policy_loss",
+    "random_signal",
     "returns",
+    "running",
     "segment_ids",
+    "separation",
+    "token_rewards",
     "token_weights",
     "value_loss",
     "value_std",

@@ -4,17 +4,24 @@ Both are computed once on the tokens of the *global* batch (all ranks, all micro
 they are the same on any number of ranks. How many tokens are left out is ⌊fraction · tokens⌋ as a person computes it:
 the fraction is the decimal number it is written as, not its nearest binary one. 0.29 · 100 leaves out 29, where float
 arithmetic gives 28.999999999999996 and floor 28.
+
+What ranks the tokens is any signal [T]: the critics' `value_std` (AsyPPO), the policy's entropy (the paper's
+comparison) or `random_signal` (the control). Both masks keep their direction whatever the signal: the policy term
+loses the lowest, the entropy bonus the highest.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from asyncppo.algorithm._checks import FLOAT, check_choice, check_lengths, check_tensor
+from asyncppo.algorithm._draws import draws
 from asyncppo.algorithm.advantages import segment_ids
 
 SCOPES = ("batch", "sequence")
@@ -45,18 +52,19 @@ def highest(signal: Tensor, fraction: float) -> Tensor:
     return _extreme(signal, _whole(signal), fraction, descending=True, spare_equal=False)
 
 
-def keep_for_policy(std: Tensor, fraction: float, lengths: Tensor, scope: str = "batch") -> Tensor:
+def keep_for_policy(signal: Tensor, fraction: float, lengths: Tensor, scope: str = "batch") -> Tensor:
     """I^A: the tokens whose advantage drives the policy.
 
-        I^A_t = 0 for the ⌊kT⌋ tokens of lowest σ, else 1       k = fraction, scope "batch"
-        I^A_t = 0 for the ⌊k|o|⌋ tokens of lowest σ in each response o            scope "sequence"
+        I^A_t = 0 for the ⌊kT⌋ tokens of lowest signal, else 1       k = fraction, scope "batch"
+        I^A_t = 0 for the ⌊k|o|⌋ tokens of lowest signal in each response o            scope "sequence"
 
-    Where the critics agree, the advantage has little left to teach. Ties go to the earlier token. Where all σ of a
-    batch (for scope "sequence": of a response) are *equal*, they say nothing, and everything is kept: so one critic,
-    or identical ones, gives no mask.
+    Where the critics agree (σ low) or the policy is sure (entropy low), the advantage has little left to teach. Ties
+    go to the earlier token. Where all signals of a batch (for scope "sequence": of a response) are *equal*, they say
+    nothing, and everything is kept: so the σ of one critic, or of identical ones, gives no mask.
 
     Args:
-        std: σ [T] from `value_std`, or another signal such as the entropy (the paper's comparison).
+        signal: [T], any unit: σ of `value_std` (AsyPPO), the policy's entropy (the paper's comparison), or
+            `random_signal` (the control). Infinities are allowed, NaN is not.
         fraction: k in [0, 1), 0.2 in the paper; ⌊ ⌋ is of the exact decimal product.
         lengths: int64 [N], tokens per response, all >= 1, sum T.
         scope: "batch" or "sequence".
@@ -70,21 +78,48 @@ def keep_for_policy(std: Tensor, fraction: float, lengths: Tensor, scope: str = 
 
     Paper: AsyPPO, arXiv 2510.01656, advantage masking.
     """
-    return ~_extreme(std, _units(std, lengths, scope), fraction, descending=False, spare_equal=True)
+    return ~_extreme(signal, _units(signal, lengths, scope), fraction, descending=False, spare_equal=True)
 
 
-def keep_for_entropy(std: Tensor, fraction: float, lengths: Tensor, scope: str = "batch") -> Tensor:
+def keep_for_entropy(signal: Tensor, fraction: float, lengths: Tensor, scope: str = "batch") -> Tensor:
     """I^H: the tokens that get the entropy bonus.
 
-        I^H_t = 0 for the ⌊hT⌋ tokens of highest σ, else 1       h = fraction, scope "batch"
-        I^H_t = 0 for the ⌊h|o|⌋ tokens of highest σ in each response o           scope "sequence"
+        I^H_t = 0 for the ⌊hT⌋ tokens of highest signal, else 1       h = fraction, scope "batch"
+        I^H_t = 0 for the ⌊h|o|⌋ tokens of highest signal in each response o           scope "sequence"
 
     Where the critics diverge most, exploring more adds noise, not knowledge. Ties, equal signals, arguments, result
     and errors as for `keep_for_policy`.
 
     Paper: AsyPPO, arXiv 2510.01656, entropy filtering.
     """
-    return ~_extreme(std, _units(std, lengths, scope), fraction, descending=True, spare_equal=True)
+    return ~_extreme(signal, _units(signal, lengths, scope), fraction, descending=True, spare_equal=True)
+
+
+def random_signal(tokens: int, seed: Sequence[int]) -> Tensor:
+    """A signal that knows nothing, the masks' control: uniform in [0, 1), independent for every token.
+
+    With it the masks take away as many tokens as with any other signal, chosen at random, so that what a signal is
+    worth can be told from what masking does. Two tokens are never equal for practical purposes (53 random bits).
+
+    Args:
+        tokens: T >= 0, of the global batch: the signal goes by position in it.
+        seed: what the draw depends on and nothing else, at least one integer: (run seed, step) gives every step
+            other tokens, and every rank, machine and resumed run the same.
+
+    Returns:
+        float64 [T].
+
+    Raises:
+        ValueError: tokens below 0, an empty seed.
+        TypeError: a seed that is not of integers.
+    """
+    if tokens < 0:
+        raise ValueError(f"tokens: expected at least 0, got {tokens}")
+    if len(seed) == 0:
+        raise ValueError("seed: expected at least one integer, got none; give the run's seed and the step")
+    # The first word keeps these keys apart from the shards', which begin with a number.
+    key = "/".join(["random_signal", *(str(operator.index(part)) for part in seed)])
+    return torch.from_numpy((draws(key, tokens) >> 11) * 2.0**-53)
 
 
 def _whole(signal: Tensor) -> Tensor:

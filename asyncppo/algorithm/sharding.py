@@ -1,15 +1,13 @@
 """Which critic learns from which response of a group: disjoint, even, and the same wherever and whenever it is asked.
 
-The draw depends on (seed, prompt id, epoch) alone, through BLAKE2b and the raw output of PCG64. Both are fixed for
-good; what numpy's `Generator.permutation` makes of that output may change between numpy versions (NEP 19), so it is
-not used.
+The draw depends on (seed, prompt id, epoch) alone, through random numbers that are fixed for good (`_draws`).
 """
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
+
+from asyncppo.algorithm._draws import draws
 
 
 def assign_shards(seed: int, prompt_id: str, epoch: int, group_size: int, critics: int) -> tuple[int, ...]:
@@ -49,10 +47,9 @@ def assign_shards(seed: int, prompt_id: str, epoch: int, group_size: int, critic
         return (-1,) * group_size
 
     # Numbers first, so that no two keys share a spelling; 64-bit draws tie about never, and then the sort is stable.
-    key = hashlib.blake2b(f"{seed}/{epoch}/{prompt_id}".encode(), digest_size=16).digest()
-    draws = np.asarray(np.random.PCG64(int.from_bytes(key, "little")).random_raw(group_size + 1))
-    permutation = np.argsort(draws[:group_size], kind="stable")
-    shift = int(draws[group_size] % np.uint64(critics))
+    drawn = draws(f"{seed}/{epoch}/{prompt_id}", group_size + 1)
+    permutation = np.argsort(drawn[:group_size], kind="stable")
+    shift = int(drawn[group_size] % np.uint64(critics))
     shards = np.empty(group_size, dtype=np.int64)
     shards[permutation] = (np.arange(group_size) + shift) % critics
     return tuple(shards.tolist())

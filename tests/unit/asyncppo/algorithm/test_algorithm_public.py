@@ -13,7 +13,7 @@ pytestmark = pytest.mark.unit
 
 
 def test_all_lists_every_public_name_in_order_and_each_has_a_docstring() -> None:
-    modules = {"advantages", "annotations", "ensemble", "losses", "masks", "sharding"}
+    modules = {"advantages", "annotations", "ensemble", "losses", "masks", "objective", "ratios", "sharding"}
     public = {name for name in vars(algorithm) if not name.startswith("_")} - modules
     assert list(algorithm.__all__) == sorted(public)
     assert all(getattr(algorithm, name).__doc__ for name in public)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyncppo.algorithm import explained_variance, policy_loss, returns, token_weights, value_loss
+from asyncppo.algorithm import Objective, explained_variance, policy_loss, returns, token_weights, value_loss
 
 pytestmark = pytest.mark.unit
 
-MODES = ["mask", "clamp", "off"]
+MODES = ["mask", "clamp", "none"]
 SETTINGS: dict[str, Any] = {
     "clip_low": 0.2,
     "clip_high": 0.28,
@@ -79,7 +79,9 @@ def random_tokens(tokens: int, seed: int, *, spread: float = 0.5) -> Tokens:
 
 
 def loss_of(tokens: Tokens, **changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    return policy_loss(*tokens.args(), **(SETTINGS | changes))
+    """With every token a response of its own: the default objective does not look across tokens."""
+    ones = torch.ones(tokens.weights.numel(), dtype=torch.int64)
+    return policy_loss(*tokens.args(), lengths=ones, objective=Objective(**(SETTINGS | changes)))
 
 
 def gradients(tokens: Tokens, **changes: Any) -> tuple[Tensor, Tensor]:
@@ -110,7 +112,7 @@ def test_masks_select_terms_and_leave_the_denominators_alone() -> None:
     [
         ("mask", 0.3),  # w_0 = 2 > 1: token 0 out, −[.75 · (−.4)]
         ("clamp", -0.02),  # w_0 = 1: −[.25 · 1.28 − .3]
-        ("off", 0.28),  # w = 1 for both: −[.25 · 1.28 + .75 · (−.8)]
+        ("none", 0.28),  # w = 1 for both: −[.25 · 1.28 + .75 · (−.8)]
     ],
 )
 def test_behaviour_modes_at_a_cap_of_one(mode: str, expected: float) -> None:
@@ -136,11 +138,15 @@ def test_metrics_equal_numbers_worked_by_hand() -> None:
         "capped": 0.0,
         "active": 2.0,
         "clipped": 2.0,
+        "divergence_masked": 0.0,
+        "dual_clipped": 0.0,
         "weight_sum": 2.5,
         "weight_sq_sum": 4.25,
+        "chi2_sum": 1.25,  # (2 − 1)² + (.5 − 1)²
         "ratio_sum": 2.5,
         "kl_behaviour_sum": 2.25,
         "kl_proximal_sum": 0.5,
+        "kl_reference_sum": 0.0,
         "entropy_sum": 4.0,
         "policy_loss": -0.34,
         "entropy_bonus": 2.5,
@@ -157,7 +163,7 @@ def test_kl_estimates_of_a_single_token() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "capped", "active", "weight_sum", "weight_sq_sum"),
-    [("mask", 1, 1, 0.5, 0.25), ("clamp", 1, 2, 1.5, 1.25), ("off", 0, 2, 2.0, 2.0)],
+    [("mask", 1, 1, 0.5, 0.25), ("clamp", 1, 2, 1.5, 1.25), ("none", 0, 2, 2.0, 2.0)],
 )
 def test_capped_and_weights_follow_the_mode(
     mode: str, capped: int, active: int, weight_sum: float, weight_sq_sum: float
@@ -206,9 +212,10 @@ def test_off_policy_gradient_carries_the_behaviour_weight_but_no_gradient_throug
     # current = proximal = e^-1, behaviour = e^-2: w = e, ρ = 1, so dL/d logp = −c e A
     one = torch.ones(1, dtype=torch.float64)
     logprobs = (-one).requires_grad_()
-    keep = one.bool()
+    keep, length = one.bool(), torch.ones(1, dtype=torch.int64)
     # proximal and behaviour share the graph of logprobs here: if they were not cut, the gradient would be 0 or doubled
-    loss, _ = policy_loss(logprobs, logprobs, 2 * logprobs, 3 * one, one, keep, keep, one, **SETTINGS)
+    constants = (logprobs, 2 * logprobs, 3 * one, one, keep, keep, one)
+    loss, _ = policy_loss(logprobs, *constants, lengths=length, objective=Objective(**SETTINGS))
     loss.backward()
     assert logprobs.grad is not None
     assert logprobs.grad.item() == pytest.approx(-3 * math.e, rel=1e-12)
@@ -308,7 +315,7 @@ def test_entropy_is_not_looked_at_when_its_coefficient_is_zero() -> None:
 def test_behaviour_is_not_looked_at_by_the_loss_when_off() -> None:
     tokens = two_tokens()
     blind = replace(tokens, behaviour=torch.full((2,), math.nan, dtype=torch.float64))
-    assert torch.equal(loss_of(blind, behaviour_mode="off")[0], loss_of(tokens, behaviour_mode="off")[0])
+    assert torch.equal(loss_of(blind, behaviour_mode="none")[0], loss_of(tokens, behaviour_mode="none")[0])
 
 
 def test_everything_masked_gives_loss_and_gradient_zero() -> None:
@@ -333,7 +340,7 @@ def test_loss_gradient_and_metrics_add_up_over_micro_batches(mode: str) -> None:
     tokens = random_tokens(101, seed=4)
     whole, metrics = loss_of(tokens, behaviour_mode=mode, behaviour_cap=1.5)
     by_whole = torch.autograd.grad(whole, (tokens.logprobs, tokens.entropy))
-    assert metrics["capped"].item() > 0 or mode == "off"
+    assert metrics["capped"].item() > 0 or mode == "none"
 
     parts = [loss_of(tokens[cut], behaviour_mode=mode, behaviour_cap=1.5) for cut in (slice(0, 37), slice(37, 101))]
     total = parts[0][0] + parts[1][0]
@@ -360,11 +367,44 @@ def test_wrong_policy_loss_arguments_say_what_was_expected_and_what_came() -> No
         loss_of(replace(tokens, keep_policy=torch.ones(2)))
     with pytest.raises(TypeError, match=r"logprobs: expected float32 or float64, got bfloat16"):
         loss_of(replace(tokens, logprobs=tokens.logprobs.bfloat16()))
-    with pytest.raises(ValueError, match=r"behaviour_mode: expected one of 'mask', 'clamp', 'off', got 'tis'"):
-        loss_of(tokens, behaviour_mode="tis")
-    for name, value in [("clip_low", 1.1), ("clip_high", -0.1), ("behaviour_cap", 0.0), ("entropy_coef", math.nan)]:
-        with pytest.raises(ValueError, match=rf"{name}: expected a number .* got {value}"):
-            loss_of(tokens, **{name: value})
+    objective = Objective(kl_coef=0.1)
+    with pytest.raises(ValueError, match=r"reference_logprobs: expected a tensor \[t\], .* kl_coef is 0.1, got None"):
+        policy_loss(*tokens.args(), lengths=torch.tensor([2]), objective=objective)
+    with pytest.raises(ValueError, match=r"reference_logprobs: expected shape \[2\], got \[1\]"):
+        policy_loss(*tokens.args(), lengths=torch.tensor([2]), objective=objective, reference_logprobs=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"lengths: expected a sum of 2, the number of tokens given, got 3"):
+        policy_loss(*tokens.args(), lengths=torch.tensor([1, 2]), objective=objective)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("behaviour_mode", "tis", "'mask', 'clamp', 'none'"),
+        ("behaviour_level", "word", "'token', 'sequence'"),
+        ("ratio", "gspo", "'token', 'sequence', 'prefix-min'"),
+        ("trust", "kl", "'clip', 'divergence'"),
+    ],
+)
+def test_an_unknown_choice_of_the_objective_is_named_with_those_there_are(name: str, value: str, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected one of {allowed}, got '{value}'"):
+        Objective(**{name: value})
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.1])
+@pytest.mark.parametrize(
+    "name", ["clip_low", "clip_high", "dual_clip", "divergence_limit", "behaviour_cap", "entropy_coef", "kl_coef"]
+)
+def test_a_number_out_of_its_range_is_named(name: str, bad: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected a number .* got {bad}"):
+        Objective(**{name: bad})
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"), [("clip_low", 1.1), ("dual_clip", 1.0), ("divergence_limit", 0.0), ("behaviour_cap", 0.0)]
+)
+def test_the_border_of_a_range_is_outside_where_it_means_nothing(name: str, bad: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected a number .* got {bad}"):
+        Objective(**{name: bad})
 
 
 # --- value loss -------------------------------------------------------------------------------------------------------

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from decimal import ROUND_FLOOR, Decimal
+from random import Random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncppo.algorithm import highest, keep_for_entropy, keep_for_policy, lowest, value_std
+from asyncppo.algorithm import highest, keep_for_entropy, keep_for_policy, lowest, random_signal, value_std
 
 pytestmark = pytest.mark.unit
 
@@ -153,6 +156,48 @@ def test_sequence_scope_equals_batch_scope_on_each_response_alone(
             assert int((~mask).sum()) == (0 if equal else floor_of_product(fraction, signal.numel()))
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    responses=st.lists(st.lists(st.sampled_from([-1.0, 0.0, 0.5, math.inf]), min_size=1, max_size=30), min_size=1),
+    fraction=st.decimals("0", "0.9999", places=4),
+    scope=st.sampled_from(["batch", "sequence"]),
+)
+def test_exactly_the_floor_is_masked_for_every_size_fraction_and_tie_pattern(
+    responses: list[list[float]], fraction: Decimal, scope: str
+) -> None:
+    packed = [level for response in responses for level in response]
+    signal, lengths = torch.tensor(packed), torch.tensor([len(response) for response in responses])
+    units = responses if scope == "sequence" else [packed]
+    for keep, sign in ((keep_for_policy, 1.0), (keep_for_entropy, -1.0)):
+        kept = keep(signal, float(fraction), lengths, scope)
+        for unit, mask in zip(units, kept.split([len(unit) for unit in units]), strict=True):
+            # one by one: the most extreme first, among equals the earlier
+            order = sorted(range(len(unit)), key=lambda t: (sign * unit[t], t))
+            masked = order[: floor_of_product(str(fraction), len(unit))] if len(set(unit)) > 1 else []
+            assert (~mask).nonzero().flatten().tolist() == sorted(masked)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8),
+    fraction=st.sampled_from(FRACTIONS),
+    scope=st.sampled_from(["batch", "sequence"]),
+    order=st.randoms(use_true_random=False),
+)
+def test_the_masks_do_not_depend_on_the_order_of_the_responses(
+    lengths: list[int], fraction: str, scope: str, order: Random
+) -> None:
+    # distinct signals: between equal ones of different responses, position has to decide
+    signal = distinct(sum(lengths)).split(lengths)
+    permutation = list(range(len(lengths)))
+    order.shuffle(permutation)
+    permuted = torch.cat([signal[n] for n in permutation]), torch.tensor([lengths[n] for n in permutation])
+    for keep in (keep_for_policy, keep_for_entropy):
+        expected = keep(torch.cat(signal), float(fraction), torch.tensor(lengths), scope).split(lengths)
+        actual = keep(permuted[0], float(fraction), permuted[1], scope).split(permuted[1].tolist())
+        assert all(torch.equal(actual[i], expected[n]) for i, n in enumerate(permutation))
+
+
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("critics", [1, 2, 3])
 def test_identical_critics_or_a_single_one_mask_nothing(critics: int, scope: str) -> None:
@@ -176,6 +221,75 @@ def test_one_token_that_differs_ends_the_exception() -> None:
 
 def test_a_response_of_one_token_is_never_masked_in_sequence_scope() -> None:
     assert bool(keep_for_policy(torch.tensor([1.0, 2.0]), 0.99, torch.tensor([1, 1]), "sequence").all())
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_a_batch_of_one_token_is_kept(scope: str) -> None:
+    assert keep_for_policy(torch.tensor([0.3]), 0.99, torch.tensor([1]), scope).tolist() == [True]
+    assert keep_for_entropy(torch.tensor([0.3]), 0.99, torch.tensor([1]), scope).tolist() == [True]
+
+
+# --- the random control ----------------------------------------------------------------------------------------------
+
+
+def test_the_random_signal_is_pinned() -> None:
+    # If this changes, a resumed run with random masks is no longer the run that it resumes. 2^-53 is the unit.
+    assert (random_signal(3, (7, 2)) * 2.0**53).long().tolist() == [
+        5398394032589540,
+        2768685472500856,
+        2173087421119439,
+    ]
+
+
+def test_the_random_signal_is_the_same_in_another_process() -> None:
+    code = "from asyncppo.algorithm import random_signal; print(random_signal(3, (7, 2)).tolist())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONHASHSEED": "12345", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(random_signal(3, (7, 2)).tolist())
+
+
+def test_a_longer_random_signal_begins_like_a_shorter_one() -> None:
+    assert torch.equal(random_signal(100, (0,))[:30], random_signal(30, (0,)))
+
+
+@pytest.mark.parametrize("other", [(1, 3), (2, 2), (1, 2, 0), (12,), (1,), (-1, 2)])
+def test_every_seed_has_a_signal_of_its_own(other: tuple[int, ...]) -> None:
+    assert not torch.equal(random_signal(20, (1, 2)), random_signal(20, other))
+
+
+def test_the_random_signal_is_uniform_and_without_ties() -> None:
+    signal = random_signal(100_000, (0, 0))
+    assert signal.dtype == torch.float64
+    assert signal.unique().numel() == 100_000
+    assert 0.0 <= signal.min().item() < 1e-3
+    assert 1.0 - 1e-3 < signal.max().item() < 1.0
+    counts = torch.histc(signal, 10, 0.0, 1.0)
+    assert bool(((counts - 10_000).abs() < 5 * 95).all())  # 95 = sqrt(100000 · .1 · .9)
+    # no memory from one token to the next: a correlation of 0, standard deviation 1 / sqrt(100000)
+    assert abs(torch.corrcoef(torch.stack([signal[1:], signal[:-1]]))[0, 1].item()) < 5 * 0.0032
+
+
+def test_random_masks_take_as_many_tokens_and_every_token_equally_often() -> None:
+    lengths = torch.tensor([4, 6])
+    masks = torch.stack([~keep_for_policy(random_signal(10, (0, step)), 0.2, lengths) for step in range(2000)])
+    assert bool((masks.sum(dim=1) == 2).all())
+    # 400 of 2000 expected for each token, standard deviation sqrt(2000 · .2 · .8) = 18
+    assert bool(((masks.sum(dim=0) - 400).abs() < 5 * 18).all())
+
+
+def test_the_random_signal_refuses_what_is_no_seed() -> None:
+    assert random_signal(0, (1,)).shape == (0,)
+    with pytest.raises(ValueError, match=r"tokens: expected at least 0, got -1"):
+        random_signal(-1, (1,))
+    with pytest.raises(ValueError, match=r"seed: expected at least one integer, got none"):
+        random_signal(3, ())
+    with pytest.raises(TypeError, match=r"float"):
+        random_signal(3, (1.0,))  # type: ignore[arg-type]
 
 
 def test_wrong_arguments_say_what_was_expected_and_what_came() -> None:

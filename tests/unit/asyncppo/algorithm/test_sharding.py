@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +34,42 @@ def test_every_response_has_one_critic_and_shards_are_even(
     assert sum(sizes) == group_size  # no index outside 0..M-1
     assert max(sizes) - min(sizes) <= 1
     assert shards == assign_shards(seed, prompt_id, epoch, group_size, critics)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), group_size=st.integers(1, 32), key=st.tuples(st.integers(), st.text("ab/0", max_size=4)))
+def test_the_shards_are_disjoint_covering_and_even_for_every_number_of_critics_up_to_the_group(
+    data: st.DataObject, group_size: int, key: tuple[int, str]
+) -> None:
+    epoch = data.draw(st.integers(0, 5))
+    for critics in range(1, group_size + 1):
+        shards = assign_shards(*key, epoch, group_size, critics)
+        of_critic = [{i for i, m in enumerate(shards) if m == critic} for critic in range(critics)]
+        assert set().union(*of_critic) == set(range(group_size))  # covering
+        assert sum(map(len, of_critic)) == group_size  # disjoint
+        assert {len(shard) for shard in of_critic} <= {group_size // critics, -(-group_size // critics)}  # even
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    groups=st.lists(st.tuples(st.sampled_from("pqr"), st.integers(0, 2)), min_size=1, max_size=20),
+    other=st.randoms(use_true_random=False),
+)
+def test_no_other_call_changes_a_draw(groups: list[tuple[str, int]], other: Random) -> None:
+    # reuse asks again, a resume asks for some only, two ranks ask in different orders: all get the same
+    asked = {group: assign_shards(3, *group, 8, 2) for group in groups}
+    again = groups[:]
+    other.shuffle(again)
+    np.random.seed(other.getrandbits(32))
+    assert all(assign_shards(3, *group, 8, 2) == asked[group] for group in again)
+
+
+def test_asking_leaves_the_global_generator_alone() -> None:
+    np.random.seed(0)
+    expected = np.random.random()
+    np.random.seed(0)
+    assign_shards(0, "p", 0, 8, 2)
+    assert np.random.random() == expected
 
 
 def test_the_draw_is_pinned() -> None:
