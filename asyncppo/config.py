@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import inspect
 import itertools
+import math
 import re
 import types
 import typing
@@ -114,10 +115,10 @@ class RewardConfig(Section, frozen=True, kw_only=True):
     """`math_verify`, or `package.module:function` with (response text, gold answer) -> reward in [0, 1], or such a
     reward with process rewards (docs/extending.md). Not used where `functions` is given."""
     functions: dict[str, float] = {}
-    """Several such functions with their weights; the reward is the weighted sum."""
+    """Several such functions with their weights; the reward is the weighted sum, so are the process rewards."""
     overlong_buffer: NonNegative = 0
     """DAPO's soft overlong punishment: over the last so many tokens before `sampling.max_response_tokens` the reward
-    falls linearly by `overlong_penalty`; 0 has none."""
+    falls linearly by `overlong_penalty`, in training alone; 0 has none."""
     overlong_penalty: PositiveFloat = 1.0
     """What a response of `sampling.max_response_tokens` loses."""
     workers: Positive = 1
@@ -195,8 +196,8 @@ class AlgorithmConfig(Section, frozen=True, kw_only=True):
     """PPO's clip above 1."""
     dual_clip: Annotated[float, Meta(gt=1)] | None = None
     """Dual-clip PPO: with a negative advantage the ratio counts at most so much."""
-    divergence_limit: PositiveFloat = 0.2
-    """Limit of `trust: divergence`."""
+    divergence_limit: PositiveFloat = 0.15
+    """Limit of `trust: divergence`, a difference of probabilities."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of KL(current‖reference); 0 loads no reference."""
     reference: str | None = None
@@ -204,8 +205,8 @@ class AlgorithmConfig(Section, frozen=True, kw_only=True):
     proximal: Literal["recompute", "interpolate", "behaviour"] = "recompute"
     """Anchor of the ratio: the actor when the batch's update began (decoupled PPO), A-3PO's interpolation without that
     forward pass, or the policy that drew the tokens (PPO without correction for staleness)."""
-    behaviour_mode: Literal["mask", "clamp", "off"] = "mask"
-    """What happens where the behaviour weight exceeds its cap; `off` leaves the weight out."""
+    behaviour_mode: Literal["mask", "clamp", "none"] = "mask"
+    """What happens where the behaviour weight exceeds its cap; `none` leaves the weight out."""
     behaviour_level: Literal["token", "sequence"] = "token"
     """The behaviour weight of each token, or the product over the response."""
     behaviour_cap: Annotated[float, Meta(ge=1)] = 5.0
@@ -306,6 +307,9 @@ class CriticConfig(ModelConfig, frozen=True, kw_only=True):
     """Lambda of the critics' target: 1 is the Monte-Carlo return, less is TD(lambda) on the critic's own values."""
     value_clip: PositiveFloat | None = None
     """PPO's value clip, in units of return, around the values before the step; without it there is none."""
+    fresh_values: bool = False
+    """Value every batch before learning from it, too: an honest explained variance, for one more forward pass. A
+    `value_clip` and `lam` below 1 do so anyway."""
     warmup_batches: NonNegative = 0
     """The warm start: so many batches of the first policy version train the critics alone, before the actor's first
     step."""
@@ -313,8 +317,8 @@ class CriticConfig(ModelConfig, frozen=True, kw_only=True):
     """Learning rate at the start of the warm start, from where it falls linearly to 0; without it `learning_rate`
     throughout."""
     warmup_directory: str | None = None
-    """Critics that were warm-started by the same settings are taken from here and not trained again; otherwise they
-    are written here."""
+    """Critics that were warm-started by the same settings (whatever the seed) are taken from here and not trained
+    again; otherwise they are written here. Without it: in the run directory."""
     addresses: list[str] = []
     """Where critics that were started by hand listen, `tcp://host:port` each; empty starts them beside the learner."""
     timeout_s: PositiveFloat = 1800.0
@@ -349,6 +353,19 @@ class PublishConfig(Section, frozen=True, kw_only=True):
 
     directory: str = "/dev/shm"
     """Where versions are written: memory on one host, a shared directory on several."""
+
+
+_DECIDE_WARM_START = (
+    "path",
+    "dtype",
+    "betas",
+    "weight_decay",
+    "max_grad_norm",
+    "minibatches",
+    "warmup_batches",
+    "lam",
+    "value_clip",
+)
 
 
 class Config(Section, frozen=True, kw_only=True):
@@ -390,6 +407,26 @@ class Config(Section, frozen=True, kw_only=True):
     def critic_paths(self) -> list[str]:
         """The checkpoint of each critic."""
         return [str(self.critic_of(index).path) for index in range(self.algorithm.critics)]
+
+    @property
+    def warmup_directory(self) -> Path:
+        """Where this config's warm-started critics are kept: a directory named by what decides how they come out."""
+        algorithm, critic = self.algorithm, self.critic
+        decides = {
+            "actor": self.actor.path,
+            "data": self.data,
+            "sampling": self.sampling,
+            "reward": self.reward,
+            "prompts_per_batch": self.stream.prompts_per_batch,
+            "algorithm": (algorithm.critics, algorithm.shards, algorithm.gamma, algorithm.truncated),
+            "critics": [
+                {key: getattr(self.critic_of(index), key) for key in _DECIDE_WARM_START}
+                | {"rate": critic.warmup_learning_rate or self.critic_of(index).learning_rate}
+                for index in range(algorithm.critics)
+            ],
+        }
+        tag = hashlib.sha256(msgspec.json.encode(decides, order="deterministic")).hexdigest()[:12]
+        return Path(critic.warmup_directory or self.run_directory / "warm_start") / tag
 
     @property
     def passes(self) -> int:
@@ -455,6 +492,13 @@ class Config(Section, frozen=True, kw_only=True):
             raise ConfigError(
                 f"sampling.top_k is {self.sampling.top_k}: expected -1 (all tokens) or at least 2; SGLang takes 1 for "
                 "greedy and then reports log-probs without the temperature"
+            )
+        if not all(math.isfinite(weight) for weight in self.reward.functions.values()):
+            raise ConfigError(f"reward.functions is {self.reward.functions}: expected finite weights")
+        if self.reward.overlong_buffer > self.sampling.max_response_tokens:
+            raise ConfigError(
+                f"reward.overlong_buffer is {self.reward.overlong_buffer}, more than the "
+                f"{self.sampling.max_response_tokens} tokens of a response (sampling.max_response_tokens)"
             )
         if self.algorithm.critics == 0 and self.sampling.group_size == 1:
             raise ConfigError("algorithm.critics is 0 (GRPO) but sampling.group_size is 1: a group needs 2 or more")

@@ -40,6 +40,8 @@ _LEAVE_LIMIT_S = 60.0
 """After the trainer has ended, the rollout server leaves within this time."""
 _MIN_GAIN = 0.1
 _MIN_STANDARD_ERRORS = 3.0
+_BASES = {"tiny": "two", "chains": "four"}
+"""The embedded tasks: each has its models in `artifacts/<task>`, which take this many minutes to make."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -97,15 +99,16 @@ def run_demo(config_path: Path, overrides: Sequence[str], name: str | None, cons
 def _make_base(config: Config, programs: Programs, stops: _Stops, console: Console) -> int:
     """Make the tiny base models, if the config is about them and some of them are missing."""
     directory = Path(config.actor.path).parent
-    if directory.parts[-2:] != ("artifacts", "tiny"):
+    task = directory.name
+    if directory.parts[-2:-1] != ("artifacts",) or task not in _BASES:
         return 0
-    wanted = [Path(config.actor.path), Path(config.critic_path), Path(config.data.train)]
+    wanted = [Path(config.actor.path), *map(Path, config.critic_paths), Path(config.data.train)]
     if all(path.exists() for path in [*wanted, *map(Path, config.eval.sets.values())]):
         console.print(f"the tiny base models are in {directory} already")
         return 0
-    console.print("making the tiny base models and their data: about two minutes, once")
+    console.print(f"making the tiny base models and their data: about {_BASES[task]} minutes, once")
     module = "trainer.tiny_base"
-    program = programs.start(module, command("trainer", ["--out", str(directory)], module))
+    program = programs.start(module, command("trainer", ["--out", str(directory), "--task", task], module))
     while program.code is None and not stops.count:
         time.sleep(POLL_S)
     if stops.count:

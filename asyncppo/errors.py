@@ -68,5 +68,9 @@ class StallError(AsyncPPOError):
     """A wait that passed its limit."""
 
 
+class TrainingError(AsyncPPOError):
+    """Training does not get anywhere: numbers that are not finite, step after step."""
+
+
 class ConservationError(AsyncPPOError):
     """admitted = in flight + buffered + consumed + dropped does not hold."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from asyncppo.errors import MessageError
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised whenever a message changes; both ends must have the same."""
 
 MAX_HEADER_BYTES = 1 << 20
@@ -28,6 +28,10 @@ Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 Frames = list[bytes | memoryview]
+
+
+def _no_numbers() -> Float32:
+    return np.empty(0, np.float32)
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, eq=False):
@@ -68,7 +72,8 @@ class Hello(Message, frozen=True, kw_only=True):
 class Group(Message, frozen=True, kw_only=True):
     """One prompt's responses, complete and graded. Kept and sent again by the server until it is acknowledged.
 
-    N responses with T tokens in all; S spans of one weight version each.
+    N responses with T tokens in all; S spans of one weight version each. A group without process rewards has [0]
+    `step_rewards`, as has every group of an evaluation.
     """
 
     lease: int
@@ -78,9 +83,10 @@ class Group(Message, frozen=True, kw_only=True):
     span_versions: Int32  # [S], the engine's weight version of each span, rising within a response
     span_lengths: Int32  # [S], tokens of each span, sum T
     span_counts: Int32  # [N], spans of each response, sum S
-    rewards: Float32  # [N]
+    rewards: Float32  # [N], the final reward; with reward.overlong_buffer less its penalty
+    step_rewards: Float32 = msgspec.field(default_factory=_no_numbers)  # [T], on tokens that complete a step; or [0]
     truncated: UInt8  # [N], 1 where the response reached max_response_tokens
-    reward_errors: UInt8  # [N], 1 where grading failed or timed out (its reward is 0)
+    reward_errors: UInt8  # [N], 1 where grading failed or timed out (which gives a reward of 0)
     generate_s: float
     grade_s: float
 
@@ -103,6 +109,9 @@ class Group(Message, frozen=True, kw_only=True):
             if getattr(self, name).shape != (expected,):
                 got = getattr(self, name).shape
                 raise MessageError(f"group of lease {self.lease}: {name} has shape {got}, expected ({expected},)")
+        if self.step_rewards.size not in (0, tokens):
+            got = self.step_rewards.shape
+            raise MessageError(f"group of lease {self.lease}: step_rewards has shape {got}, expected ({tokens},)")
         if (self.lengths < 1).any() or int(self.lengths.sum()) != tokens:
             raise MessageError(f"group of lease {self.lease}: lengths do not partition its {tokens} tokens")
         spans = int(self.span_versions.size)
@@ -119,7 +128,7 @@ class Group(Message, frozen=True, kw_only=True):
             raise MessageError(f"group of lease {self.lease}: version spans fall within a response")
         if (self.response_ids < 0).any() or (self.truncated > 1).any() or (self.reward_errors > 1).any():
             raise MessageError(f"group of lease {self.lease}: token ids, or flags, are out of range")
-        if not (np.isfinite(self.behaviour_logprobs).all() and np.isfinite(self.rewards).all()):
+        if not all(np.isfinite(each).all() for each in (self.behaviour_logprobs, self.rewards, self.step_rewards)):
             raise MessageError(f"group of lease {self.lease}: a log-prob or a reward is not finite")
 
 
@@ -246,16 +255,30 @@ class Learn(Message, frozen=True, kw_only=True):
     """
 
     step: int
+    """Below 0 in the warm start, which then ends with −1."""
     input_ids: Int32  # [L], prompt and response of each sequence, one after the other
     sequence_lengths: Int32  # [N], sum L
     response_lengths: Int32  # [N], sum T
-    returns: Float32  # [T]
+    rewards: Float32  # [T]
+    truncated: UInt8  # [N]
     shard: UInt8  # [N], 1 where this critic learns from the response
     group_index: Int32  # [N], which group of the batch the response belongs to
 
 
 class SaveCritic(Message, frozen=True, kw_only=True):
     """Write everything that a resume needs into this directory."""
+
+    directory: str
+
+
+class ExportCritic(Message, frozen=True, kw_only=True):
+    """Write the weights into this directory, a Hugging Face model with a scalar head that other runs start from."""
+
+    directory: str
+
+
+class StartCritic(Message, frozen=True, kw_only=True):
+    """Begin anew from weights that `ExportCritic` wrote: another optimiser, and the schedule from its start."""
 
     directory: str
 
@@ -281,6 +304,7 @@ class Learned(Message, frozen=True, kw_only=True):
 
     step: int
     values: Float32  # [T]
+    fresh_values: Float32  # [T], those before learning; [0] where nobody wants them
     metrics: dict[str, float]
     seconds: float
 
@@ -297,7 +321,7 @@ class CriticFailed(Message, frozen=True, kw_only=True):
 
 ToTrainer = Hello | Group | Failed | Status | Swapped | SwapFailed | Goodbye
 ToRollout = Welcome | Refused | Lease | Ack | Cancel | WeightsReady | Pulse | Unknown | Stop
-ToCritic = Learn | SaveCritic | LoadCritic | Stop
+ToCritic = Learn | SaveCritic | LoadCritic | ExportCritic | StartCritic | Stop
 ToLearner = CriticReady | Learned | Done | CriticFailed
 
 

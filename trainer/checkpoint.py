@@ -29,7 +29,9 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
     policy_version: int
     critics: int
     actor_path: str
-    critic_path: str
+    critic_paths: list[str]
+    critic_errors: list[float]
+    """Running squared error of each critic (`algorithm.aggregation: confidence`); empty before the first step."""
     ledger: LedgerState
 
     def parts(self) -> list[str]:
@@ -76,11 +78,11 @@ class Checkpoints:
         """
         for path in reversed(self._whole()):
             state = msgspec.json.decode((path / _STATE).read_bytes(), type=TrainerState)
-            ours = (self._config.algorithm.critics, self._config.actor.path, self._config.critic_path)
-            theirs = (state.critics, state.actor_path, state.critic_path)
+            ours = (self._config.algorithm.critics, self._config.actor.path, self._config.critic_paths)
+            theirs = (state.critics, state.actor_path, state.critic_paths)
             if ours != theirs:
                 raise CheckpointError(
-                    f"{path}: made with {theirs[0]} critics, actor {theirs[1]}, critic {theirs[2]}; the config says "
+                    f"{path}: made with {theirs[0]} critics, actor {theirs[1]}, critics {theirs[2]}; the config says "
                     f"{ours[0]}, {ours[1]}, {ours[2]}: choose another run.name"
                 )
             return path, state

@@ -9,27 +9,37 @@ unblocked by  the intake, the critics; a stop request ends it after the step
 from __future__ import annotations
 
 import logging
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from asyncppo.config import Config
 from asyncppo.metrics import Journal
+from trainer import warm_start
 from trainer.checkpoint import Checkpoints, TrainerState
 from trainer.feed import Feed
-from trainer.model.critics import Critics
-from trainer.model.policy import Policy
+from trainer.guard import Alarm, Brake, SkippedSteps
+from trainer.model.critics import NO_VALUES, Critics, Values
+from trainer.model.export import export
+from trainer.model.policy import Policy, Scores
 from trainer.model.world import World
-from trainer.publish import Publisher, export
-from trainer.record import Recorder, StepRecord
-from trainer.targets import build_targets, returns
+from trainer.publish import Publisher
+from trainer.record import Recorder, StepRecord, effective_sample_size, logprob_gap
+from trainer.samples import Samples
+from trainer.stream.batch import Batch
+from trainer.targets import TargetBuilder, Targets, rewards
 
 log = logging.getLogger("asyncppo.learner")
 
 
 class Learner:
-    """Trains from one policy version to the last. `critics`, `publisher` and `journal` are None on ranks above 0."""
+    """Trains from one policy version to the last. `critics`, `publisher` and `journal` are None on ranks above 0.
+
+    `critic_errors` comes from the checkpoint that the run goes on from.
+    """
 
     def __init__(
         self,
@@ -40,6 +50,7 @@ class Learner:
         critics: Critics | None,
         publisher: Publisher | None,
         journal: Journal | None,
+        critic_errors: Sequence[float] = (),
     ) -> None:
         self._config = config
         self._world = world
@@ -50,6 +61,11 @@ class Learner:
         self._journal = journal
         self._checkpoints = Checkpoints(config)
         self._recorder = Recorder(config)
+        self._samples = Samples(config, feed.tokenizer_directory) if journal else None
+        self._targets = TargetBuilder(config, critic_errors)
+        self._brake = Brake(config, journal)
+        self._skipped = SkippedSteps(config, journal)
+        self._alarm = Alarm(config, journal) if journal else None
         self._saved_version = -1
 
     def run(self, version: int) -> int:
@@ -58,6 +74,8 @@ class Learner:
         self._publish(version)
         if version == 0 and self._config.eval.at_start:
             self._evaluate(version)
+        if version == 0 and not warm_start.run(self._config, self._feed, self._critics, self._journal):
+            return version
         while version < self._config.run.steps and self._step(version):
             version += 1
         if version == self._config.run.steps and self._config.eval.at_end:
@@ -68,7 +86,6 @@ class Learner:
 
     def _step(self, version: int) -> bool:
         """One batch: values, targets, `utd` passes, the next version. False when the run is to stop."""
-        settings = self._config.algorithm
         step = StepRecord()
         with step.phase("wait_for_batch"):
             batch = self._feed.take(version)  # B groups, none staler than the bound
@@ -76,34 +93,45 @@ class Learner:
             return False
         with step.phase("proximal"):
             if self._critics:
-                self._critics.learn(batch, returns(batch, settings))  # each on its shard and device; meanwhile:
-            proximal = self._policy.logprobs(batch)  # the anchor of the decoupled ratio
+                self._critics.learn(batch, rewards(batch), step=version)  # each on its shard and device; meanwhile:
+            scores = self._policy.score(batch)  # the anchor of the decoupled ratio
         with step.phase("wait_for_critics"):
-            values = self._values(step)  # [M, T]
+            values = self._values()  # [M, T]
         with step.phase("targets"):
-            targets = build_targets(batch, values, settings)  # GAE on the mean value, masks from its std
+            targets = self._targets.build(batch, values.values, scores.entropy)  # GAE on V̄, masks from its std
         with step.phase("update"):
-            for use in range(settings.utd):
-                step.sums = self._policy.update(batch, proximal, targets, use)
+            for use in range(self._brake.passes):
+                step.add(self._policy.update(batch, scores, targets, use))
         with step.phase("publish"):
             self._publish(version + 1)
         if self._config.run.save_every and (version + 1) % self._config.run.save_every == 0:
             with step.phase("checkpoint"):
                 self._save(version + 1)
-        if self._journal:
-            row = self._recorder.row(step, batch, targets, values, proximal, self._feed.counts())
-            self._journal.step(row)
-            log.info(self._recorder.line(row))
+        self._record(step, batch, scores, values, targets)
         return True
 
-    def _values(self, step: StepRecord) -> torch.Tensor:
+    def _values(self) -> Values:
         if self._config.algorithm.critics == 0:
-            return torch.zeros((0, 0))
-        arrays = None
-        if self._critics:
-            values, step.critics = self._critics.values()
-            arrays = {"values": values.numpy()}
-        return torch.from_numpy(self._world.share(arrays)["values"])
+            return NO_VALUES
+        answer = self._critics.values() if self._critics else NO_VALUES
+        arrays = {"values": answer.values.numpy()} if self._critics else None
+        shared = torch.from_numpy(self._world.share(arrays)["values"])
+        return Values(shared, answer.fresh, answer.metrics)
+
+    def _record(self, step: StepRecord, batch: Batch, scores: Scores, values: Values, targets: Targets) -> None:
+        """What the step did: for people, for the files, and for those who watch over the next one."""
+        if self._journal and self._alarm:
+            row = self._recorder.row(step, batch, targets, values, scores, self._feed.counts())
+            self._journal.step(row)
+            log.info(self._recorder.line(row))
+            self._alarm.observe(batch.version, row.get("value/separation", math.nan))
+        every = self._config.run.inspect_every
+        if self._samples and every and (batch.version + 1) % every == 0:
+            self._samples.keep(batch, targets, values.values, scores.logprobs)
+        self._skipped.observe(int(step.sums["skipped"]), batch, scores, targets)
+        self._brake.observe(batch.version, effective_sample_size(step.sums), logprob_gap(batch, scores.logprobs))
+        if self._world.rank == 0:
+            self._feed.limit_staleness(self._brake.max_staleness)
 
     def _publish(self, version: int) -> None:
         weights = self._policy.weights()  # all ranks gather, rank 0 has them
@@ -124,7 +152,8 @@ class Learner:
             policy_version=version,
             critics=self._config.algorithm.critics,
             actor_path=self._config.actor.path,
-            critic_path=self._config.critic_path,
+            critic_paths=self._config.critic_paths,
+            critic_errors=self._targets.errors,
             ledger=self._feed.ledger_state(),
         )
 
@@ -144,5 +173,5 @@ class Learner:
         if self._world.rank == 0:
             directory = self._config.run_directory / "actor"
             shutil.rmtree(directory, ignore_errors=True)
-            export(self._policy, weights, directory, self._feed.tokenizer_directory)
+            export(self._policy.network.hf, weights, directory, self._feed.tokenizer_directory)
             log.info("version %d of the actor is in %s, an ordinary Hugging Face directory", version, directory)

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
 
 from asyncppo.config import Config
 from asyncppo.errors import ConfigError, ModelError
 from asyncppo.fingerprints import model_fingerprint, tokenizer_fingerprint
 from asyncppo.transport.zmq import ZmqHub, check_address
-from trainer.model.networks import check_causal_lm, check_critic
+from trainer.model.networks import check_causal_lm, check_critic, files_of
 from trainer.stream.intake import Identity
 from trainer.stream.prompts import Prompt, Tokenize, load_prompts
 
@@ -71,21 +70,22 @@ def check_models(config: Config) -> None:
         ModelError: missing, of another kind, or with another tokenizer.
     """
     check_causal_lm(config.actor.path)
-    if config.algorithm.critics == 0:
-        return
-    critic = check_critic(config.critic_path)
-    if config.critic_path == config.actor.path:
-        return
-    ours, theirs = _tokenizer(config.actor.path).get_vocab(), _tokenizer(config.critic_path).get_vocab()
-    if ours != theirs:
-        word = next(word for word in sorted({*ours, *theirs}) if ours.get(word) != theirs.get(word))
-        raise ModelError(
-            f"{config.critic_path}: the critic's tokenizer differs from that of the actor {config.actor.path} (first "
-            f"at {word!r}: {theirs.get(word)} and {ours.get(word)}): a critic must read the actor's tokens"
-        )
-    embeddings = critic.get_text_config().vocab_size
-    if embeddings < len(ours):
-        raise ModelError(f"{config.critic_path}: has {embeddings} embeddings for {len(ours)} tokens")
+    if config.algorithm.kl_coef > 0 and config.algorithm.reference:
+        check_causal_lm(config.algorithm.reference)
+    for path in dict.fromkeys(config.critic_paths):
+        critic = check_critic(path)
+        if path == config.actor.path:
+            continue
+        ours, theirs = _tokenizer(config.actor.path).get_vocab(), _tokenizer(path).get_vocab()
+        if ours != theirs:
+            word = next(word for word in sorted({*ours, *theirs}) if ours.get(word) != theirs.get(word))
+            raise ModelError(
+                f"{path}: the critic's tokenizer differs from that of the actor {config.actor.path} (first at "
+                f"{word!r}: {theirs.get(word)} and {ours.get(word)}): a critic must read the actor's tokens"
+            )
+        embeddings = critic.get_text_config().vocab_size
+        if embeddings < len(ours):
+            raise ModelError(f"{path}: has {embeddings} embeddings for {len(ours)} tokens")
 
 
 def load_data(config: Config) -> Data:
@@ -103,7 +103,7 @@ def load_data(config: Config) -> Data:
     return Data(
         train=load_prompts(config.data.train, config.data, tokenize),
         eval_sets=_eval_sets(config, tokenize),
-        tokenizer_directory=_files_of(config.actor.path),
+        tokenizer_directory=files_of(config.actor.path),
     )
 
 
@@ -121,11 +121,6 @@ def _eval_sets(config: Config, tokenize: Tokenize) -> dict[str, list[Prompt]]:
         name: load_prompts(source, config.data, tokenize, config.eval.limit)
         for name, source in config.eval.sets.items()
     }
-
-
-def _files_of(path: str) -> Path:
-    """Where a model's files are: its directory, or a hub model's snapshot in the cache."""
-    return Path(path) if Path(path).is_dir() else Path(cached_file(path, "tokenizer.json")).parent
 
 
 def _tokenizer(path: str):  # type: ignore[no-untyped-def]  # transformers has no types

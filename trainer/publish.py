@@ -11,34 +11,8 @@ import torch
 from asyncppo.config import Config
 from asyncppo.messages import WeightsReady
 from asyncppo.weights import write_manifest
+from trainer.model.export import export
 from trainer.model.policy import Policy
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-
-
-def export(policy: Policy, weights: dict[str, torch.Tensor], directory: Path, tokenizer_directory: Path) -> None:
-    """Write the actor as an ordinary Hugging Face directory that transformers and SGLang load.
-
-    Args:
-        policy: whose network says how its weights are saved.
-        weights: from `Policy.weights`.
-        directory: made here; must not exist.
-        tokenizer_directory: where the tokenizer's files are copied from, byte for byte.
-    """
-    directory.mkdir(parents=True)
-    policy.network.hf.save_pretrained(directory, state_dict=weights, max_shard_size="4GB")
-    for name in _TOKENIZER_FILES:
-        if (tokenizer_directory / name).is_file():
-            shutil.copyfile(tokenizer_directory / name, directory / name)
 
 
 class Publisher:
@@ -54,7 +28,7 @@ class Publisher:
         """Write a version beside its place, then rename it, so that it is there whole or not at all."""
         final = self._root / f"v{version:08d}"
         partial = self._root / f".partial-{version:08d}"
-        export(policy, weights, partial, self._tokenizer_directory)
+        export(policy.network.hf, weights, partial, self._tokenizer_directory)
         manifest = write_manifest(partial, version)
         os.replace(partial, final)
         return WeightsReady(policy_version=version, directory=str(final), manifest=manifest)

@@ -12,6 +12,8 @@ import torch
 
 from asyncppo import algorithm
 from asyncppo.config import Config
+from trainer.model.critics import Values
+from trainer.model.policy import Scores
 from trainer.stream.batch import Batch
 from trainer.stream.intake import Counts
 from trainer.targets import Targets, returns
@@ -30,8 +32,8 @@ class Recorder:
         step: StepRecord,
         batch: Batch,
         targets: Targets,
-        values: torch.Tensor,
-        proximal: torch.Tensor,
+        values: Values,
+        scores: Scores,
         counts: Counts,
     ) -> dict[str, Any]:
         """All metrics of a step that has ended."""
@@ -44,11 +46,12 @@ class Recorder:
             "time": time.time(),
             "wall_s": now - self._started,
             "uses": self._config.algorithm.utd,
+            "passes": step.passes,
             **_batch_metrics(batch, self._config.stream.max_staleness),
             **_value_metrics(batch, targets, values, self._config),
-            **step.critics,
+            **values.metrics,
             **_policy_metrics(step.sums),
-            **_gap(batch, proximal),
+            **_gap(batch, scores.logprobs),
             "time/step_s": now - step.started,
             **{f"time/{name}_s": seconds for name, seconds in step.seconds.items()},
             "stream/servers": counts.servers,
@@ -93,8 +96,14 @@ class StepRecord:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.seconds: dict[str, float] = {}
-        self.critics: dict[str, float] = {}
+        self.passes = 0
         self.sums: dict[str, float] = {}
+
+    def add(self, sums: dict[str, float]) -> None:
+        """One pass of the update; its sums are kept until the next, the skipped steps of all are added up."""
+        skipped = self.sums.get("skipped", 0.0)
+        self.sums = sums | {"skipped": skipped + sums["skipped"]}
+        self.passes += 1
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -121,7 +130,8 @@ def _batch_metrics(batch: Batch, max_staleness: int) -> dict[str, Any]:
     }
 
 
-def _value_metrics(batch: Batch, targets: Targets, values: torch.Tensor, config: Config) -> dict[str, Any]:
+def _value_metrics(batch: Batch, targets: Targets, answer: Values, config: Config) -> dict[str, Any]:
+    values = answer.values
     metrics = {
         "mask/policy": 1.0 - float(targets.keep_policy.float().mean()),
         "mask/entropy": 1.0 - float(targets.keep_entropy.float().mean()),
@@ -130,11 +140,16 @@ def _value_metrics(batch: Batch, targets: Targets, values: torch.Tensor, config:
         "value/std_mean": float(targets.value_std.mean()),
     }
     if len(values):
-        explained = algorithm.explained_variance(targets.value, returns(batch, config.algorithm))
+        achieved = returns(batch, config.algorithm)
+        explained = algorithm.explained_variance(targets.value, achieved)
         metrics |= {"value/mean": float(targets.value.mean()), "value/explained_variance": explained}
+        if len(answer.fresh):
+            fresh = algorithm.explained_variance(answer.fresh.mean(dim=0), achieved)
+            metrics["value/explained_variance_fresh"] = fresh
     if len(values) >= 2:
         low, middle, high = np.quantile(targets.value_std.numpy(), [0.1, 0.5, 0.9]).tolist()
         metrics |= {"value/std_p10": low, "value/std_p50": middle, "value/std_p90": high}
+        metrics["value/separation"] = algorithm.separation(values)
         if float(values[0].std()) > 0 and float(values[1].std()) > 0:
             metrics["value/correlation"] = float(torch.corrcoef(values[:2])[0, 1])
     return metrics
@@ -142,26 +157,42 @@ def _value_metrics(batch: Batch, targets: Targets, values: torch.Tensor, config:
 
 def _policy_metrics(sums: dict[str, float]) -> dict[str, float]:
     tokens, active = max(1.0, sums["tokens"]), max(1.0, sums["active"])
-    squares = sums["weight_sq_sum"]
+    kept = max(1.0, sums["policy_kept"])
     return {
         "policy/loss": sums["policy_loss"],
         "policy/clip_fraction": sums["clipped"] / active,
-        "policy/capped_fraction": sums["capped"] / max(1.0, sums["policy_kept"]),
+        "policy/capped_fraction": sums["capped"] / kept,
+        "policy/constrained_fraction": sums["divergence_masked"] / active,
         "policy/entropy": sums["entropy_sum"] / tokens,
         "policy/kl_behaviour": sums["kl_behaviour_sum"] / tokens,
         "policy/kl_proximal": sums["kl_proximal_sum"] / tokens,
-        "policy/ess": sums["weight_sum"] ** 2 / squares / active if squares else float("nan"),
+        "policy/kl_reference": sums["kl_reference_sum"] / tokens,
+        "policy/chi2": sums["chi2_sum"] / kept,
+        "policy/ess": effective_sample_size(sums),
+        "policy/skipped": sums["skipped"],
         "policy/grad_norm": sums["grad_norm"],
         "policy/learning_rate": sums["learning_rate"],
     }
 
 
-def _gap(batch: Batch, proximal: torch.Tensor) -> dict[str, Any]:
+def effective_sample_size(sums: dict[str, float]) -> float:
+    """(Σw)² / Σw² of the behaviour weights as a fraction of the tokens that carry one; NaN where none does."""
+    squares, active = sums["weight_sq_sum"], sums["active"]
+    return sums["weight_sum"] ** 2 / squares / active if squares else float("nan")
+
+
+def logprob_gap(batch: Batch, logprobs: torch.Tensor | None) -> float:
+    """Mean |trainer − engine| log-prob, as `logprob_gap/mean`; NaN without such tokens."""
+    mean = _gap(batch, logprobs)["logprob_gap/mean"]
+    return float("nan") if mean is None else float(mean)
+
+
+def _gap(batch: Batch, logprobs: torch.Tensor | None) -> dict[str, Any]:
     """Trainer against engine: only tokens that the very version drew, whose log-probs should be the same."""
     same = batch.token_versions == batch.version
-    if not same.any():
+    if logprobs is None or not same.any():
         return {"logprob_gap/mean": None, "logprob_gap/max": None, "logprob_gap/tokens": 0}
-    gap = np.abs(proximal.numpy()[same] - batch.behaviour_logprobs[same])
+    gap = np.abs(logprobs.numpy()[same] - batch.behaviour_logprobs[same])
     return {
         "logprob_gap/mean": float(gap.mean()),
         "logprob_gap/max": float(gap.max()),

@@ -77,10 +77,11 @@ def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callab
             if critics:
                 critics.load(resumed[0])
             log.info("going on from %s", resumed[0])
+        errors = resumed[1].critic_errors if resumed else ()
         feed = Feed(config, world, intake, journal, data.eval_sets, data.tokenizer_directory, should_stop)
         if journal:
             journal.event("start", version=version, resumed=bool(resumed))
-        reached = Learner(config, world, feed, policy, critics, publisher, journal).run(version)
+        reached = Learner(config, world, feed, policy, critics, publisher, journal, errors).run(version)
         complete = reached == config.run.steps
         reason = "the run is complete" if complete else "the trainer was stopped"
         if journal:

@@ -8,20 +8,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from asyncppo import algorithm
-from asyncppo.config import Config
+from asyncppo.config import Config, CriticConfig
 from asyncppo.errors import MessageError
-from asyncppo.messages import CriticFailed, CriticReady, Done, Learn, Learned, LoadCritic, Message, SaveCritic, Stop
+from asyncppo.messages import (
+    CriticFailed,
+    CriticReady,
+    Done,
+    ExportCritic,
+    Learn,
+    Learned,
+    LoadCritic,
+    Message,
+    SaveCritic,
+    StartCritic,
+    Stop,
+)
 from asyncppo.transport.base import Channel
 from trainer.model.build import build_engine
-from trainer.model.networks import ValueNet
+from trainer.model.export import export, whole_weights
+from trainer.model.networks import ValueNet, files_of
 from trainer.model.packing import Indices, gather, minibatches, plan
 from trainer.model.world import World
 
 log = logging.getLogger("asyncppo.critic")
+
+
+def warm_started(config: Config) -> Path | None:
+    """Where critics that were warm-started by these settings are; None without a warm start, or before it."""
+    there = config.warmup_groups > 0 and config.warmup_directory.is_dir()
+    return config.warmup_directory if there else None
+
+
+def _warm(settings: CriticConfig) -> CriticConfig:
+    """The settings of the warm start's own optimiser."""
+    if settings.warmup_learning_rate is None:
+        return msgspec.structs.replace(settings, warmup_steps=0, schedule="constant")
+    return msgspec.structs.replace(
+        settings, warmup_steps=0, schedule="linear", learning_rate=settings.warmup_learning_rate
+    )
 
 
 class Critic:
@@ -29,10 +58,28 @@ class Critic:
 
     def __init__(self, config: Config, index: int, world: World) -> None:
         self._config = config
+        self._settings = config.critic_of(index)
         self._index = index
         self._world = world
-        self.network = ValueNet(config.critic_path, config.critic, seed=config.run.seed + 1000 * (index + 1))
-        self._engine = build_engine(self.network, config.critic, config.critic_steps, world)
+        begun = warm_started(config)
+        if begun is not None:
+            self.start(begun / f"critic_{index}")
+        elif config.warmup_groups:
+            self._build(
+                str(self._settings.path),
+                _warm(self._settings),
+                self._settings.warmup_batches * self._settings.minibatches,
+            )
+        else:
+            self.start(str(self._settings.path))
+
+    def start(self, path: Path | str) -> None:
+        """Begin anew, as a run does, from a checkpoint: another optimiser, and the schedule from its start."""
+        self._build(str(path), self._settings, self._config.critic_steps(self._index))
+
+    def _build(self, path: str, settings: CriticConfig, steps: int) -> None:
+        self.network = ValueNet(path, settings, seed=self._config.run.seed + 1000 * (self._index + 1))
+        self._engine = build_engine(self.network, settings, steps, self._world)
 
     @property
     def parameters(self) -> int:
@@ -40,25 +87,42 @@ class Critic:
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.network.parameters())
 
     def learn(self, batch: Learn) -> Learned:
-        """`critic_epochs` passes over the shard, minimising (V_m(s_t) − R_t)² / 2, then the values of all responses."""
+        """Its epochs over the shard, minimising (V_m(s_t) − R_t)² / 2, then the values of all responses.
+
+        R_t is the Monte-Carlo return, or with `critic.lam` below 1 the TD(λ) target on the critic's own values before
+        it learns. The warm start (`batch.step` below 0) makes one epoch, whatever `critic.epochs` says.
+        """
         started = time.monotonic()
-        own = np.flatnonzero(batch.shard)
-        metrics: dict[str, float] = {}
-        for epoch in range(self._config.critic_epochs):
-            rng = np.random.default_rng([self._config.run.seed, self._index, batch.step, epoch])
-            for part in minibatches(len(own), self._config.critic.minibatches, rng):
-                metrics = self._update(batch, own[part])
-        values = self.values(batch)
+        settings, gamma = self._settings, self._config.algorithm.gamma
         lengths = torch.from_numpy(batch.response_lengths.astype(np.int64))
+        rewards = torch.from_numpy(np.array(batch.rewards))
+        returns = algorithm.returns(rewards, lengths, gamma=gamma)
+        fresh = None
+        if settings.fresh_values or settings.value_clip is not None or settings.lam < 1:
+            fresh = self.values(batch)
+        targets = returns
+        if fresh is not None and settings.lam < 1:
+            targets = algorithm.lambda_returns(rewards, fresh, lengths, gamma=gamma, lam=settings.lam)
+        own = np.flatnonzero(batch.shard)
+        sums = {"loss": 0.0, "skipped": 0.0, "grad_norm": 0.0}
+        for epoch in range(1 if batch.step < 0 else settings.epochs or 1):
+            rng = np.random.default_rng([self._config.run.seed, self._index, batch.step % (1 << 32), epoch])
+            for part in minibatches(len(own), settings.minibatches, rng):
+                skipped = sums["skipped"]
+                sums = self._update(batch, own[part], targets, fresh)
+                sums["skipped"] += skipped
+        values = self.values(batch)
         learned_from = torch.from_numpy(batch.shard.astype(bool)).repeat_interleave(lengths)
-        returns = torch.from_numpy(np.array(batch.returns))
-        for name, tokens in (("explained_variance", learned_from), ("explained_variance_other", ~learned_from)):
-            metrics[name] = (
-                algorithm.explained_variance(values[tokens], returns[tokens]) if tokens.any() else float("nan")
-            )
+        metrics = sums | {
+            "explained_variance": _explained(values, returns, learned_from),
+            "explained_variance_other": _explained(values, returns, ~learned_from),
+        }
+        if fresh is not None:
+            metrics["explained_variance_fresh"] = algorithm.explained_variance(fresh, returns)
         return Learned(
             step=batch.step,
             values=values.numpy(),
+            fresh_values=np.zeros(0, dtype=np.float32) if fresh is None else fresh.numpy(),
             metrics={name: value for name, value in metrics.items() if np.isfinite(value)},
             seconds=time.monotonic() - started,
         )
@@ -72,23 +136,28 @@ class Critic:
             result[packed.tokens] = self._engine(packed).cpu()
         return self._world.sum(result.to(self._world.device)).cpu()
 
-    def _update(self, batch: Learn, which: Indices) -> dict[str, float]:
-        returns = torch.from_numpy(np.array(batch.returns))
+    def _update(
+        self, batch: Learn, which: Indices, targets: torch.Tensor, fresh: torch.Tensor | None
+    ) -> dict[str, float]:
         tokens = int(batch.response_lengths[which].sum())
+        clip = self._settings.value_clip
         loss_sum = torch.zeros(())
         for micro in self._plan(batch, which):
             packed = self._gather(batch, micro)
             values = self._engine(packed)
             weights = torch.full_like(values, 1.0 / tokens)  # the mean over the minibatch's tokens, on all ranks
-            loss, _ = algorithm.value_loss(values, returns[packed.tokens].to(values.device), weights)
+            old = None if clip is None or fresh is None else fresh[packed.tokens].to(values.device)
+            loss, _ = algorithm.value_loss(
+                values, targets[packed.tokens].to(values.device), weights, old_values=old, clip=clip
+            )
             self._engine.backward(loss * self._world.size)  # the engine averages over ranks; the loss is a sum
             loss_sum += loss.detach().cpu()
         report = self._engine.step()
         loss_sum = self._world.sum(loss_sum.to(self._world.device))
-        return {"loss": float(loss_sum), "grad_norm": report.grad_norm}
+        return {"loss": float(loss_sum), "grad_norm": report.grad_norm, "skipped": float(report.skipped)}
 
     def _plan(self, batch: Learn, which: Indices) -> list[list[Indices]]:
-        budget = self._config.critic.micro_batch_tokens
+        budget = self._settings.micro_batch_tokens
         return plan(batch.sequence_lengths, which, budget=budget, ranks=self._world.size)
 
     def _gather(self, batch: Learn, micro: list[Indices]) -> Any:
@@ -103,13 +172,23 @@ class Critic:
         """Go on from `save`."""
         self._engine.load(directory)
 
+    def export(self, directory: Path) -> None:
+        """Write the weights as a Hugging Face model with a scalar head, which `critic.path` may name."""
+        weights = whole_weights(self._engine, self._world)
+        if self._world.rank == 0:
+            export(self.network.hf, weights, directory, files_of(str(self._settings.path)))
+
+
+def _explained(values: torch.Tensor, returns: torch.Tensor, tokens: torch.Tensor) -> float:
+    return algorithm.explained_variance(values[tokens], returns[tokens]) if tokens.any() else float("nan")
+
 
 def serve(
     critic: Critic, channel: Channel | None, index: int, world: World, should_stop: Callable[[], bool] = lambda: False
 ) -> None:
     """Answer the learner until it says Stop, or this process is told to.
 
-        consumes      Learn, SaveCritic, LoadCritic
+        consumes      Learn, SaveCritic, LoadCritic, ExportCritic, StartCritic
         produces      CriticReady first, then Learned or Done for each; CriticFailed before it ends with an error
         waits for     the learner, without a limit of its own: the supervisor ends this process when the learner ends
         unblocked by  the channel, `should_stop`
@@ -128,6 +207,12 @@ def serve(
                     answer = Done()
                 case LoadCritic():
                     critic.load(Path(message.directory))
+                    answer = Done()
+                case ExportCritic():
+                    critic.export(Path(message.directory))
+                    answer = Done()
+                case StartCritic():
+                    critic.start(message.directory)
                     answer = Done()
                 case _:
                     return
@@ -156,7 +241,8 @@ def _next(channel: Channel | None, should_stop: Callable[[], bool]) -> Any:
     return Stop(reason="")
 
 
-_LEARN_ARRAYS = ("input_ids", "sequence_lengths", "response_lengths", "returns", "shard", "group_index")
+_LEARN_ARRAYS = ("input_ids", "sequence_lengths", "response_lengths", "rewards", "truncated", "shard", "group_index")
+_WITH_DIRECTORY = {kind.__name__: kind for kind in (SaveCritic, LoadCritic, ExportCritic, StartCritic)}
 
 
 def _shared(message: Any, world: World) -> Any:
@@ -171,12 +257,9 @@ def _shared(message: Any, world: World) -> Any:
         if isinstance(message, Learn):
             arrays |= {"step": np.array(message.step)} | {name: getattr(message, name) for name in _LEARN_ARRAYS}
     shared = world.share(arrays)
-    match str(shared["kind"]):
-        case "Learn":
-            return Learn(step=int(shared["step"]), **{name: shared[name] for name in _LEARN_ARRAYS})
-        case "SaveCritic":
-            return SaveCritic(directory=str(shared["text"]))
-        case "LoadCritic":
-            return LoadCritic(directory=str(shared["text"]))
-        case _:
-            return Stop(reason="")
+    kind = str(shared["kind"])
+    if kind == "Learn":
+        return Learn(step=int(shared["step"]), **{name: shared[name] for name in _LEARN_ARRAYS})
+    if kind in _WITH_DIRECTORY:
+        return _WITH_DIRECTORY[kind](directory=str(shared["text"]))
+    return Stop(reason="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,39 @@ import torch
 
 from asyncppo.config import Config
 from asyncppo.errors import EngineError, StallError
-from asyncppo.messages import CriticFailed, CriticReady, Done, Learn, Learned, LoadCritic, Message, SaveCritic, Stop
+from asyncppo.messages import (
+    CriticFailed,
+    CriticReady,
+    Done,
+    ExportCritic,
+    Learn,
+    Learned,
+    LoadCritic,
+    Message,
+    SaveCritic,
+    StartCritic,
+    Stop,
+)
 from asyncppo.transport.base import Channel
 from trainer.stream.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What the critics of a step say."""
+
+    values: torch.Tensor  # [M, T] after learning: what the targets are made of
+    fresh: torch.Tensor  # [M, T] before learning, or [0, 0] where nobody asked (`critic.fresh_values`)
+    metrics: dict[str, float]
+    """As `critic/m/name`."""
+
+
+NO_VALUES = Values(torch.zeros((0, 0)), torch.zeros((0, 0)), {})
+"""Of no critics."""
+
+
+def _stack(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(values) if values else torch.zeros((0, 0))
 
 
 class Critics:
@@ -30,43 +61,53 @@ class Critics:
         for index in range(len(self._channels)):
             self._answer(index, CriticReady, "come up")
 
-    def learn(self, batch: Batch, returns: torch.Tensor) -> None:
+    def learn(self, batch: Batch, rewards: torch.Tensor, step: int) -> None:
         """Send the batch to all critics; each begins at once and `values` waits for them.
+
+        Args:
+            batch: N responses with T tokens.
+            rewards: [T], `targets.rewards`.
+            step: the version that is trained, or below 0 in the warm start.
 
         A response of truncated length teaches nothing where `algorithm.truncated` masks it or bootstraps it.
         """
-        self._step = batch.version
+        self._step = step
         settings = self._config.algorithm
         usable = np.ones(len(batch.rewards), dtype=bool) if settings.truncated == "zero" else batch.truncated == 0
         for index, channel in enumerate(self._channels):
             own = usable if settings.shards == "shared" else usable & (batch.shard == index)
             channel.send(
                 Learn(
-                    step=batch.version,
+                    step=step,
                     input_ids=batch.input_ids,
                     sequence_lengths=batch.sequence_lengths,
                     response_lengths=batch.response_lengths,
-                    returns=returns.numpy(),
+                    rewards=rewards.numpy(),
+                    truncated=batch.truncated,
                     shard=own.astype(np.uint8),
                     group_index=batch.group_index,
                 )
             )
 
-    def values(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """What `learn` asked for: values [M, T], and the critics' metrics as `critic/m/name`.
+    def values(self) -> Values:
+        """What `learn` asked for.
 
         Raises:
             EngineError: a critic failed.
             StallError: a critic did not answer within `critic.timeout_s`.
         """
         values: list[torch.Tensor] = []
+        fresh: list[torch.Tensor] = []
         metrics: dict[str, float] = {}
         for index in range(len(self._channels)):
             learned = self._answer(index, Learned, "learn and give its values")
             values.append(torch.from_numpy(np.array(learned.values)))
+            if len(learned.fresh_values):
+                fresh.append(torch.from_numpy(np.array(learned.fresh_values)))
             metrics |= {f"critic/{index}/{name}": value for name, value in learned.metrics.items()}
             metrics[f"critic/{index}/seconds"] = learned.seconds
-        return torch.stack(values) if values else torch.zeros((0, 0)), metrics
+        whole = len(fresh) == len(values)
+        return Values(_stack(values), _stack(fresh) if whole else torch.zeros((0, 0)), metrics)
 
     def save(self, directory: Path) -> None:
         """Every critic writes `critic_m` under the directory, all at the same time."""
@@ -75,6 +116,14 @@ class Critics:
     def load(self, directory: Path) -> None:
         """Every critic goes on from `critic_m`."""
         self._all(lambda index: LoadCritic(directory=str(directory / f"critic_{index}")), "load its state")
+
+    def export(self, directory: Path) -> None:
+        """Every critic writes `critic_m` under the directory, an ordinary Hugging Face model with a scalar head."""
+        self._all(lambda index: ExportCritic(directory=str(directory / f"critic_{index}")), "export its weights")
+
+    def start(self, directory: Path) -> None:
+        """Every critic begins anew from the `critic_m` that `export` wrote."""
+        self._all(lambda index: StartCritic(directory=str(directory / f"critic_{index}")), "begin anew")
 
     def stop(self, reason: str) -> None:
         """The critics' processes end."""

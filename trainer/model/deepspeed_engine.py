@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -57,8 +58,10 @@ class DeepSpeedEngine:
 
     def step(self) -> StepReport:
         rate = float(self._engine.get_lr()[0])
-        self._engine.step()
-        return StepReport(float(self._engine.get_global_grad_norm() or 0.0), rate)
+        self._engine.step()  # a gradient that is not finite is forgotten, in bfloat16 and float32 alike
+        skipped = bool(self._engine.optimizer.overflow)
+        norm = math.inf if skipped else float(self._engine.get_global_grad_norm() or 0.0)
+        return StepReport(norm, rate, skipped)
 
     def parameters_in_full(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._engine.module.named_parameters():

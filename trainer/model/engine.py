@@ -22,6 +22,8 @@ class StepReport:
     grad_norm: float
     """Global norm before clipping."""
     learning_rate: float
+    skipped: bool = False
+    """The gradient was not finite: it is forgotten, and neither weights, optimiser nor schedule have moved."""
 
 
 class TrainableEngine(Protocol):
@@ -34,7 +36,7 @@ class TrainableEngine(Protocol):
         """Add the loss's gradient. Gradients are averaged over ranks at the step."""
 
     def step(self) -> StepReport:
-        """Clip, step, forget the gradients, move the schedule."""
+        """Clip, step, forget the gradients, move the schedule; all or, if it is not finite, nothing."""
 
     def parameters_in_full(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter whole, by its name in the network. All ranks have to iterate to the end."""
@@ -86,6 +88,9 @@ class PlainEngine:
     def step(self) -> StepReport:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         rate = float(self._optimizer.param_groups[0]["lr"])
+        if not torch.isfinite(norm):
+            self._optimizer.zero_grad(set_to_none=True)
+            return StepReport(float(norm), rate, skipped=True)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()

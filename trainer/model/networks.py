@@ -6,8 +6,11 @@ KV cache is off, and the attention function gets the boundaries; packed equals o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from asyncppo.config import ModelConfig
@@ -33,6 +37,14 @@ from trainer.model.packing import Packed
 
 _HEAD_CHUNK = 2048
 """Response tokens whose logits exist at once; the rest is recomputed in the backward pass."""
+
+_PADDING_LIMIT = 1.5
+"""Many short sequences are padded to the longest and attend in one call, if that makes no more tokens of them than this
+factor; others attend one after the other."""
+
+_LOADING = threading.Lock()
+"""transformers patches its classes while it loads, and heads are drawn from the one generator of the process: two
+threads (the plain twin's critics) must not load at the same time."""
 
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -65,21 +77,44 @@ def _segments(
             f"a sequence of {longest} tokens is longer than the model's sliding window of {sliding_window}: keep "
             "prompts and responses below it, or use attention=flash_attention_2"
         )
-    bounds = cu_seq_lens_q.tolist()
     grouped = query.shape[1] != key.shape[1]
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=grouped)
+    count, total = len(cu_seq_lens_q) - 1, query.shape[2]
+    if count > 1 and count * longest <= _PADDING_LIMIT * total:
+        return _attend_padded(attend, query, key, value, cu_seq_lens_q, longest), None
     parts = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            is_causal=end - start > 1,
-            scale=scaling,
-            dropout_p=dropout,
-            enable_gqa=grouped,
-        )
-        for start, end in itertools.pairwise(bounds)
+        attend(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], is_causal=end - start > 1)
+        for start, end in itertools.pairwise(cu_seq_lens_q.tolist())
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend_padded(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """All sequences of a row in one call. They are padded on the right: what is causal never looks there."""
+    starts, lengths = boundaries[:-1].long(), boundaries.diff().long()
+    count, total = len(starts), int(boundaries[-1])
+    device = query.device
+    within = torch.arange(longest, device=device)
+    spread = (starts[:, None].to(device) + within).clamp(max=total - 1).flatten()  # [count * longest]
+    offsets = torch.arange(count, device=starts.device) * longest - starts
+    back = torch.repeat_interleave(offsets, lengths).to(device) + torch.arange(total, device=device)
+
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        _, heads, _, dim = x.shape
+        flat = x[0].transpose(0, 1).reshape(total, heads * dim)
+        return flat.index_select(0, spread).view(count, longest, heads, dim).transpose(1, 2)
+
+    out = attend(padded(query), padded(key), padded(value), is_causal=longest > 1)
+    heads, dim = out.shape[1], out.shape[3]
+    flat = out.transpose(1, 2).reshape(count * longest, heads * dim)
+    return flat.index_select(0, back).view(1, total, heads, dim)
 
 
 AttentionInterface.register("segments", _segments)
@@ -87,8 +122,12 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # a critic's new head is meant to be new
 
 
-def check_causal_lm(path: str) -> Any:
+def check_causal_lm(path: str, heads: Sequence[str] = ("CausalLM", "LMHead")) -> Any:
     """The config of a causal language model.
+
+    Args:
+        path: a Hugging Face directory or hub name.
+        heads: what the names of its architectures may hold.
 
     Raises:
         ModelError: nothing there, or another kind of model.
@@ -107,7 +146,7 @@ def check_causal_lm(path: str) -> Any:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{path}: expected a causal language model, its model_type is {config.model_type!r}")
     architectures = config.architectures or []
-    if architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures):
+    if architectures and not any(head in name for name in architectures for head in heads):
         raise ModelError(f"{path}: expected a causal language model, it says {', '.join(architectures)}")
     changes = [name for name in _LOGIT_CHANGES if getattr(config, name, None) not in (None, 1, 1.0)]
     if changes:
@@ -116,18 +155,23 @@ def check_causal_lm(path: str) -> Any:
 
 
 def check_critic(path: str) -> Any:
-    """The config of a causal language model that can be given a scalar head.
+    """The config of a causal language model that can be given a scalar head, or has one (an exported critic).
 
     Raises:
         ModelError: nothing there, another kind of model, or one that transformers has no such head for.
     """
-    config = check_causal_lm(path)
+    config = check_causal_lm(path, ("CausalLM", "LMHead", "TokenClassification"))  # the last: a critic of another run
     if config.model_type not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
         raise ModelError(
             f"{path}: cannot be a critic, because transformers has no token classification for {config.model_type}: "
             "choose another critic.path"
         )
     return config
+
+
+def files_of(path: str) -> Path:
+    """Where a model's files are: its directory, or a hub model's snapshot in the cache."""
+    return Path(path) if Path(path).is_dir() else Path(cached_file(path, "tokenizer.json")).parent
 
 
 def _load(kind: Any, path: str, model: ModelConfig, config: Any) -> tuple[Any, list[str]]:
@@ -161,7 +205,8 @@ class PolicyNet(nn.Module):
 
     def __init__(self, path: str, model: ModelConfig) -> None:
         super().__init__()
-        self.hf, drawn = _load(AutoModelForCausalLM, path, model, check_causal_lm(path))
+        with _LOADING:
+            self.hf, drawn = _load(AutoModelForCausalLM, path, model, check_causal_lm(path))
         _refuse_random(path, drawn)
 
     def forward(self, packed: Packed, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,8 +249,9 @@ class ValueNet(nn.Module):
         config = check_critic(path)
         config.num_labels = 1
         config.classifier_dropout = 0.0  # transformers' default of 0.1 would make values random
-        torch.manual_seed(seed)  # the new head is drawn from it: critics must not start equal
-        self.hf, drawn = _load(AutoModelForTokenClassification, path, model, config)
+        with _LOADING:
+            torch.manual_seed(seed)  # the new head is drawn from it: critics must not start equal
+            self.hf, drawn = _load(AutoModelForTokenClassification, path, model, config)
         _refuse_random(path, [name for name in drawn if name.startswith(f"{self.hf.base_model_prefix}.")])
 
     def forward(self, packed: Packed) -> torch.Tensor:
