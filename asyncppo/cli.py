@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -115,6 +115,48 @@ def demo(
     raise typer.Exit(run_demo(config, overrides or [], name, _console()))
 
 
+@app.command(
+    epilog="Example: `asyncppo compare configs/compare/grpo.yaml configs/compare/asyppo.yaml --seeds 5 --name paper`"
+)
+def compare(
+    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="One YAML file for each method.")],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method: seeds 0, 1, …")] = 5,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, of one thread each.")] = 2,
+    name: Annotated[str, typer.Option(help="The comparison is in runs/compare/NAME.")] = "compare",
+    lag: Annotated[int, typer.Option(min=0, help="Every batch is drawn by the weights of so many versions ago.")] = 0,
+    grid: Annotated[
+        str | None,
+        typer.Option(metavar="A.B=X,Y", help="Tune one key for each method first, by mean training reward."),
+    ] = None,
+    tune_seeds: Annotated[int, typer.Option(min=1, help="Seeds of each of the grid's values: 100, 101, …")] = 2,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="STEM", help="The config to compare with. Default: the first.")
+    ] = None,
+) -> None:
+    """Run several methods under equal budgets of samples, and write one table and one picture.
+
+    Every run is synchronous, in one process, without SGLang. The table has mean ± sd over seeds, and differences to the
+    first config, paired by seed, with 95 % confidence intervals. Ctrl-C stops; the same command goes on.
+
+    Exit codes: 0 done, 1 a run failed (the table is of the others), 2 what was given cannot work, 130 stopped.
+    """
+    from asyncppo.compare import Grid, Plan, run_compare
+
+    plan = Plan(
+        configs=tuple(configs),
+        directory=Path("runs/compare") / name,
+        overrides=tuple(overrides or []),
+        seeds=seeds,
+        jobs=jobs,
+        lag=lag,
+        grid=Grid.parse(grid) if grid else None,
+        tune_seeds=tune_seeds,
+        baseline=baseline,
+    )
+    raise typer.Exit(run_compare(plan, _console()))
+
+
 @app.command(epilog="Example: `asyncppo monitor runs/demo`")
 def monitor(run_directory: RunDirectory) -> None:
     """Show a run live, from its files: until it ends, or until Ctrl-C, which leaves the run alone."""
@@ -136,6 +178,40 @@ def report(
     summary = summarize(run_directory)
     console = _console()
     show(summary, draw_plots(summary, console) if plots else [], console)
+
+
+@app.command(epilog="Example: `asyncppo inspect runs/demo --sample 40/3 --by std`")
+def inspect(
+    run_directory: RunDirectory,
+    sample: Annotated[
+        str | None, typer.Option(metavar="STEP/RESPONSE", help="Show this one, token by token. Default: list them all.")
+    ] = None,
+    by: Annotated[
+        Literal["advantage", "value", "std", "mask", "ratio"], typer.Option(help="What colours the tokens.")
+    ] = "advantage",
+    as_json: Annotated[bool, typer.Option("--json", help="Everything in one line of JSON, for programs.")] = False,
+) -> None:
+    """Say why a token got no gradient: the responses that a run kept, and what became of each of their tokens.
+
+    A run keeps one group every `run.inspect_every` steps. A token can lose its policy term to the mask, to the cap of
+    the behaviour weight or with its truncated response, and its entropy bonus to the filter.
+    """
+    from msgspec import json
+
+    from asyncppo.report import inspect as kept
+
+    if sample is None:
+        samples = kept.samples_in(run_directory)
+        if as_json:
+            print(json.encode(kept.listing(samples)).decode())
+        else:
+            kept.show_listing(samples, _console())
+        return
+    chosen, index = kept.response_of(run_directory, sample)
+    if as_json:
+        print(json.encode(kept.details(chosen, index)).decode())
+    else:
+        kept.show_response(chosen, index, by, _console())
 
 
 @app.command()

@@ -127,7 +127,7 @@ class Learner:
             self._alarm.observe(batch.version, row.get("value/separation", math.nan))
         every = self._config.run.inspect_every
         if self._samples and every and (batch.version + 1) % every == 0:
-            self._samples.keep(batch, targets, values.values, scores.logprobs)
+            self._samples.keep(batch, targets, values.values, scores.logprobs, scores.entropy)
         self._skipped.observe(int(step.sums["skipped"]), batch, scores, targets)
         self._brake.observe(batch.version, effective_sample_size(step.sums), logprob_gap(batch, scores.logprobs))
         if self._world.rank == 0:
