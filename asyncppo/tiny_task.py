@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -177,7 +177,7 @@ def write_solution(rng: random.Random, problem: Problem, style: Style) -> str:
     """A solution in `style`, with as many slips as the style has; a slip is carried on to the end."""
     noise = LINE_NOISE[style]
     if style is Style.DIRECT:
-        return f"\\boxed{{{_slip(rng, problem.answer, problem.modulus, noise)}}}"
+        return f"\\boxed{{{slip(rng, problem.answer, problem.modulus, noise)}}}"
     ops_per_line = 1 if style is Style.CAREFUL else 2
     lines: list[str] = []
     value = problem.steps[0].left
@@ -186,7 +186,7 @@ def write_solution(rng: random.Random, problem: Problem, style: Style) -> str:
         left = write_expression(value, steps)
         for step in steps:
             value = apply(value, step.operator, step.right, problem.modulus)
-        value = _slip(rng, value, problem.modulus, noise)
+        value = slip(rng, value, problem.modulus, noise)
         lines.append(f"{left}={value}")
     return "\n".join([*lines, f"\\boxed{{{value}}}"])
 
@@ -197,7 +197,7 @@ def draw_documents(rng: random.Random, mix: Mix) -> Iterator[tuple[str, str]]:
         yield prompt_text(problem), write_solution(rng, problem, draw_style(rng, mix))
 
 
-def _slip(rng: random.Random, value: int, modulus: int, probability: float) -> int:
+def slip(rng: random.Random, value: int, modulus: int, probability: float) -> int:
     """`value`, or with `probability` one of the other values modulo `modulus`."""
     return (value + rng.randrange(1, modulus)) % modulus if rng.random() < probability else value
 
@@ -211,14 +211,16 @@ def write_datasets(directory: Path, seed: int) -> None:
     No problem appears twice in a file, and none in two files. The same seed writes the same bytes.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    train = draw_problems(random.Random(f"train {seed}"), TRAINING_OPS, "train")
-    _write_jsonl(directory / "train.jsonl", "train", islice(_distinct(train), TRAINING_PROBLEMS))
+    train = distinct(draw_problems(random.Random(f"train {seed}"), TRAINING_OPS, "train"))
+    write_jsonl(directory / "train.jsonl", "train", islice(train, TRAINING_PROBLEMS), prompt_text)
     for ops in EVALUATION_OPS:
-        held_out = draw_problems(random.Random(f"eval {ops} {seed}"), [ops], "eval")
-        _write_jsonl(directory / f"eval_{ops}.jsonl", f"eval-{ops}", islice(_distinct(held_out), EVALUATION_PROBLEMS))
+        held_out = distinct(draw_problems(random.Random(f"eval {ops} {seed}"), [ops], "eval"))
+        problems = islice(held_out, EVALUATION_PROBLEMS)
+        write_jsonl(directory / f"eval_{ops}.jsonl", f"eval-{ops}", problems, prompt_text)
 
 
-def _distinct(problems: Iterable[Problem]) -> Iterator[Problem]:
+def distinct(problems: Iterable[Problem]) -> Iterator[Problem]:
+    """The problems without repetitions."""
     seen: set[str] = set()
     for problem in problems:
         if problem.expression not in seen:
@@ -226,9 +228,10 @@ def _distinct(problems: Iterable[Problem]) -> Iterator[Problem]:
             yield problem
 
 
-def _write_jsonl(path: Path, prefix: str, problems: Iterable[Problem]) -> None:
+def write_jsonl(path: Path, prefix: str, problems: Iterable[Problem], prompt: Callable[[Problem], str]) -> None:
+    """Write one problem a line: its id, made from `prefix` and a number, its prompt and its answer."""
     rows = (
-        {"id": f"{prefix}-{number:05d}", "prompt": prompt_text(problem), "answer": str(problem.answer)}
+        {"id": f"{prefix}-{number:05d}", "prompt": prompt(problem), "answer": str(problem.answer)}
         for number, problem in enumerate(problems)
     )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -5,7 +5,7 @@
     sglang_engine   the real one: a child SGLang, or one that runs already
     sglang_process  what runs inside that child; the only importer of sglang
     hot_swap        a published version of the weights, into the engine, while it generates
-    reward          grading in killable processes; the only importer of math_verify
+    reward          grading in killable processes
 
 Imports asyncppo, never trainer, and never torch.
 """

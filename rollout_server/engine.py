@@ -62,6 +62,13 @@ class Engine(Protocol):
             EngineError: the engine failed, or its answer does not fit together.
         """
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, by the rule of `Response.text`, which is that of all its ids or begins it.
+
+        Raises:
+            EngineError: there is no tokenizer to decode with.
+        """
+
     async def pause(self) -> None:
         """Stop generating; running requests wait, and lose nothing.
 
@@ -184,6 +191,9 @@ class ScriptedEngine:
             truncated=len(made) < len(self._script(prompt, index, made[-1][2])),
             text=self._decode(ids),
         )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._decode(ids)
 
     async def pause(self) -> None:
         self._check_alive()

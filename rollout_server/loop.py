@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -32,6 +33,7 @@ from asyncppo.messages import (
     Ack,
     Cancel,
     Failed,
+    Float32,
     Goodbye,
     Group,
     Hello,
@@ -42,14 +44,16 @@ from asyncppo.messages import (
     Status,
     Stop,
     Swapped,
+    UInt8,
     Unknown,
     WeightsReady,
     Welcome,
 )
+from asyncppo.rewards import Grade, overlong_penalty, step_rewards
 from asyncppo.transport.base import Link
 from rollout_server.engine import UNLOADED, Engine, Response
 from rollout_server.hot_swap import HotSwap
-from rollout_server.reward import Grade, Grader
+from rollout_server.reward import Grader
 
 log = logging.getLogger("rollout_server")
 
@@ -350,7 +354,8 @@ class RolloutServer:
             responses, generate_s = await self._generate(lease)
             started = time.monotonic()
             grades = await self._grader.grade([response.text for response in responses], lease.answer)
-            group = make_group(lease, responses, grades, generate_s, time.monotonic() - started)
+            rewards = await self._rewards(lease, responses, grades)
+            group = make_group(lease, responses, rewards, generate_s, time.monotonic() - started)
         except EngineError as error:
             log.warning("lease %d failed: %s", lease.lease, error)
             await self._link.send(Failed(lease=lease.lease, reason=str(error)))
@@ -384,6 +389,20 @@ class RolloutServer:
                 self._restarts_in_a_row = 0
                 return responses, time.monotonic() - started
         raise AssertionError("unreachable")
+
+    async def _rewards(self, lease: Lease, responses: Sequence[Response], grades: Sequence[Grade]) -> Rewards:
+        """What training makes of the grades; an evaluation is of the final reward alone."""
+        if lease.purpose == "eval":
+            return plain_rewards(grades)
+        if any(grade.steps for grade in grades):
+            # beside the event loop: it takes milliseconds, or longer for thousands of tokens
+            rewards = await asyncio.to_thread(dense_rewards, responses, grades, self._engine.decode)
+        else:
+            rewards = plain_rewards(grades)
+        lengths = [response.ids.size for response in responses]
+        reward, limit = self._config.reward, self._config.sampling.max_response_tokens
+        penalty = overlong_penalty(lengths, limit, reward.overlong_buffer, reward.overlong_penalty)
+        return replace(rewards, final=rewards.final + penalty)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -491,10 +510,47 @@ class RolloutServer:
             )
 
 
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of N responses with T tokens."""
+
+    final: Float32  # [N]
+    steps: Float32  # [T], or [0] where there are no process rewards
+    errors: UInt8  # [N]
+
+
+def plain_rewards(grades: Sequence[Grade]) -> Rewards:
+    """The final rewards alone."""
+    return Rewards(
+        final=np.array([grade.reward for grade in grades], np.float32),
+        steps=np.empty(0, np.float32),
+        errors=np.array([grade.error for grade in grades], np.uint8),
+    )
+
+
+def dense_rewards(
+    responses: Sequence[Response], grades: Sequence[Grade], decode: Callable[[Sequence[int]], str]
+) -> Rewards:
+    """The final rewards, and the steps' on the tokens that complete them.
+
+    A response whose tokens are not what its text says is a reward error, without rewards.
+    """
+    settled, steps = [], []
+    for response, grade in zip(responses, grades, strict=True):
+        try:
+            steps.append(step_rewards(grade.steps, response.ids, response.text, decode))
+            settled.append(grade)
+        except ValueError as error:
+            log.warning("process rewards have no tokens to stand on: %s", error)
+            steps.append(np.zeros(response.ids.size, np.float32))
+            settled.append(Grade(0.0, error=True))
+    return replace(plain_rewards(settled), steps=np.concatenate(steps))
+
+
 def make_group(
-    lease: Lease, responses: Sequence[Response], grades: Sequence[Grade], generate_s: float, grade_s: float
+    lease: Lease, responses: Sequence[Response], rewards: Rewards, generate_s: float, grade_s: float
 ) -> Group:
-    """The message for one lease's responses and their grades."""
+    """The message for one lease's responses and their rewards."""
     spans = [span for response in responses for span in response.spans]
     return Group(
         lease=lease.lease,
@@ -504,9 +560,10 @@ def make_group(
         span_versions=np.array([version for version, _ in spans], np.int32),
         span_lengths=np.array([tokens for _, tokens in spans], np.int32),
         span_counts=np.array([len(response.spans) for response in responses], np.int32),
-        rewards=np.array([grade.reward for grade in grades], np.float32),
+        rewards=rewards.final,
+        step_rewards=rewards.steps,
         truncated=np.array([response.truncated for response in responses], np.uint8),
-        reward_errors=np.array([grade.error for grade in grades], np.uint8),
+        reward_errors=rewards.errors,
         generate_s=generate_s,
         grade_s=grade_s,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import json
 import logging
@@ -17,9 +18,9 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import msgspec
@@ -31,6 +32,9 @@ from asyncppo.errors import ConfigError, EngineError
 from asyncppo.messages import Int32
 from asyncppo.ports import free_port
 from rollout_server.engine import UNLOADED, Response
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 log = logging.getLogger("rollout_server.sglang")
 
@@ -305,6 +309,21 @@ class SGLangEngine:
         if len(replies) != n:
             raise EngineError(f"SGLang gave {len(replies)} responses, expected {n}")
         return [response_of(reply, sampling.max_response_tokens) for reply in replies]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        """Loaded at need: only process rewards need it, as SGLang decodes the responses."""
+        from tokenizers import Tokenizer
+
+        try:
+            if Path(self._model).is_dir():
+                return Tokenizer.from_file(str(Path(self._model) / "tokenizer.json"))
+            return Tokenizer.from_pretrained(self._model)
+        except Exception as error:  # all that tokenizers raises for a file that it cannot read
+            raise EngineError(f"{self._model}: its tokenizer.json cannot be loaded: {error}") from None
 
     async def pause(self) -> None:
         self._paused = True

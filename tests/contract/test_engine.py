@@ -186,6 +186,19 @@ def test_a_group_has_n_responses_under_the_version_that_was_loaded(kind: Kind) -
     run(scenario())
 
 
+def test_the_tokens_of_a_response_decode_to_its_text(kind: Kind) -> None:
+    async def scenario() -> None:
+        async with started(kind) as engine:
+            await swap(kind, engine, 1)
+            # so hot that special tokens and single bytes of characters are drawn
+            sampling = SamplingConfig(max_response_tokens=60, temperature=20.0)
+            responses = await engine.generate(PROMPT, 8, sampling)
+            assert [engine.decode(response.ids.tolist()) for response in responses] == [r.text for r in responses]
+            assert not kind.is_real or any("\ufffd" in response.text for response in responses)
+
+    run(scenario())
+
+
 def test_a_response_that_reaches_the_limit_is_truncated_and_one_that_ends_is_not(kind: Kind) -> None:
     async def scenario() -> None:
         async with started(kind) as engine:

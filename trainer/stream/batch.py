@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from asyncppo.messages import Float32, Int32, UInt8
+from asyncppo.messages import Float32, Group, Int32, UInt8
 from trainer.stream.buffer import BufferedGroup
 
 
@@ -27,12 +27,14 @@ class Batch:
     response_ids: Int32  # [T]
     behaviour_logprobs: Float32  # [T]
     token_versions: Int32  # [T] the engine's weight version of each token
-    rewards: Float32  # [N]
+    rewards: Float32  # [N] of the whole response
+    step_rewards: Float32  # [T] process rewards of tokens that complete a step, 0 elsewhere
     truncated: UInt8  # [N]
     reward_errors: UInt8  # [N]
     group_index: Int32  # [N] 0..B-1
     shard: Int32  # [N] the critic that learns from the response; -1 where all do, or none
     oldest_versions: Int32  # [B]
+    uses: Int32  # [B] how often each group was in a batch before
     prompt_ids: tuple[str, ...]  # B
     epochs: tuple[int, ...]  # B
 
@@ -65,11 +67,17 @@ def pack(groups: Sequence[BufferedGroup], shards: Sequence[Sequence[int]], versi
         behaviour_logprobs=np.concatenate([group.behaviour_logprobs for group in whole]),
         token_versions=np.concatenate([np.repeat(group.span_versions, group.span_lengths) for group in whole]),
         rewards=np.concatenate([group.rewards for group in whole]),
+        step_rewards=np.concatenate([_step_rewards(group) for group in whole]),
         truncated=np.concatenate([group.truncated for group in whole]),
         reward_errors=np.concatenate([group.reward_errors for group in whole]),
         group_index=np.repeat(np.arange(len(groups), dtype=np.int32), sizes),
         shard=np.concatenate([np.asarray(shard, dtype=np.int32) for shard in shards]),
         oldest_versions=np.array([held.oldest_version for held in groups], dtype=np.int32),
+        uses=np.array([held.uses for held in groups], dtype=np.int32),
         prompt_ids=tuple(held.prompt.prompt_id for held in groups),
         epochs=tuple(held.epoch for held in groups),
     )
+
+
+def _step_rewards(group: Group) -> Float32:
+    return group.step_rewards if group.step_rewards.size else np.zeros_like(group.behaviour_logprobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -11,8 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
-from asyncppo.config import Config, from_tree
+from asyncppo.config import Config, RewardConfig, from_tree
 from asyncppo.errors import EngineError, RefusedError, UserError
 from asyncppo.messages import (
     PROTOCOL,
@@ -34,11 +36,12 @@ from asyncppo.messages import (
     WeightsReady,
     Welcome,
 )
+from asyncppo.rewards import Grade
 from asyncppo.transport.memory import MemoryHub
 from asyncppo.weights import write_manifest
 from rollout_server.engine import UNLOADED, ScriptedEngine
 from rollout_server.loop import RolloutServer
-from rollout_server.reward import Grade, Grader
+from rollout_server.reward import Grader
 
 pytestmark = pytest.mark.unit
 
@@ -77,7 +80,7 @@ class World:
         self.config = self.make_config()
         self.hub = MemoryHub()
         self.engine = ScriptedEngine(script, lambda ids: str(ids[-1]), token_s, on_load)
-        self.grader = ScriptedGrader()
+        self.grader: ScriptedGrader = ScriptedGrader()
         self.peer = b""
         self.heard: list[Message] = []
         self.server: RolloutServer
@@ -211,6 +214,97 @@ def test_a_lease_becomes_a_group_with_tokens_logprobs_spans_and_rewards(tmp_path
             assert (status.tokens, status.groups_in_flight, status.policy_version) == (2 * TOKENS, 0, 0)
             assert status.state == "waiting for leases"
             assert status.idle_s > 0
+
+    run(scenario())
+
+
+class DenseGrader(ScriptedGrader):
+    """Steps that end at the characters 4 and 6, whatever the text; an error where the text begins with 9."""
+
+    async def grade(self, texts: Sequence[str], answer: str) -> list[Grade]:
+        return [
+            Grade(0.0, True) if text.startswith("9") else Grade(0.5, False, ((6, -0.25), (4, 0.5))) for text in texts
+        ]
+
+
+def one_by_one(ids: Sequence[int]) -> str:
+    """Token 7 is the text `7,`."""
+    return "".join(f"{token}," for token in ids)
+
+
+def test_process_rewards_stand_on_the_tokens_that_complete_their_steps(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.engine = ScriptedEngine(script, one_by_one)
+        world.grader = DenseGrader()
+        async with world.serving():
+            await world.welcome()
+            world.send(a_lease(1))  # 7,7,7,… and 17,17,17,…
+            group = await world.expect(Group, lease=1)
+            group.check(2)
+            first = [0, 0.5, -0.25, 0, 0, 0, 0, 0]
+            second = [0, 0.25, 0, 0, 0, 0, 0, 0]  # both in `17,17,`
+            assert group.step_rewards.tolist() == first + second
+            assert group.rewards.tolist() == [0.5, 0.5]
+            world.send(Ack(lease=1), a_lease(2, token=9))  # the first fails, the second is 19,19,…
+            group = await world.expect(Group, lease=2)
+            assert group.step_rewards.tolist() == [0] * TOKENS + second
+            assert group.reward_errors.tolist() == [1, 0]
+            world.send(Ack(lease=2), replace(a_lease(3), purpose="eval"))
+            group = await world.expect(Group, lease=3)
+            assert (group.step_rewards.tolist(), group.rewards.tolist()) == ([], [0.5, 0.5])
+
+    run(scenario())
+
+
+def test_a_group_without_process_rewards_carries_none_and_decodes_nothing(tmp_path: Path) -> None:
+    def decode(ids: Sequence[int]) -> str:
+        assert len(ids) == TOKENS, "a part of a response was decoded"
+        return str(ids[-1])
+
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.engine = ScriptedEngine(script, decode)
+        async with world.serving():
+            await world.welcome()
+            world.send(a_lease(1))
+            assert (await world.expect(Group)).step_rewards.tolist() == []
+
+    run(scenario())
+
+
+def test_a_response_whose_tokens_are_not_its_text_is_a_reward_error(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        times = itertools.count()
+        world.engine = ScriptedEngine(script, lambda _: f"{next(times)} times")
+        world.grader = DenseGrader()
+        async with world.serving():
+            await world.welcome()
+            world.send(a_lease(1))
+            group = await world.expect(Group)
+            group.check(2)
+            assert (group.reward_errors.tolist(), group.rewards.tolist()) == ([1, 1], [0, 0])
+            assert group.step_rewards.tolist() == [0] * 2 * TOKENS
+            await world.expect(Status, reward_errors=2)
+
+    run(scenario())
+
+
+def test_a_long_response_loses_reward_in_training_and_not_in_an_evaluation(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        penalty = RewardConfig(overlong_buffer=4, overlong_penalty=0.5)
+        sampling = replace(world.config.sampling, max_response_tokens=TOKENS + 1)
+        world.config = replace(world.config, reward=penalty, sampling=sampling)
+        async with world.serving():
+            await world.welcome()
+            world.send(a_lease(1))
+            group = await world.expect(Group, lease=1)
+            group.check(2)
+            assert group.rewards.tolist() == [1 - 0.375, -0.375]  # 8 tokens of 9: 3 of the buffer's 4
+            world.send(Ack(lease=1), replace(a_lease(2), purpose="eval"))
+            assert (await world.expect(Group, lease=2)).rewards.tolist() == [1, 0]
 
     run(scenario())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -17,8 +17,10 @@ pytestmark = pytest.mark.unit
 
 def test_two_groups_packed() -> None:
     first = a_buffered(0, 1, a_prompt(1, tokens=2), a_group(1, [[(4, 2)], [(3, 1), (4, 2)]], rewards=[1, 0]))
-    second = a_buffered(0, 2, a_prompt(2, tokens=1), a_group(2, [[(5, 1)], [(5, 2)]], rewards=[0.5, 0.25]))
-    batch = pack([first, second], [(0, 1), (1, 0)], version=6)
+    dense = np.array([0, 0.5, -0.25], np.float32)
+    group = a_group(2, [[(5, 1)], [(5, 2)]], rewards=[0.5, 0.25], step_rewards=dense)
+    second = a_buffered(0, 2, a_prompt(2, tokens=1), group)
+    batch = pack([first, replace(second, uses=2)], [(0, 1), (1, 0)], version=6)
 
     expected = {
         "version": 6,
@@ -30,11 +32,13 @@ def test_two_groups_packed() -> None:
         "behaviour_logprobs": [0, -0.25, -0.5, -0.75, -1, 0, -0.25, -0.5],
         "token_versions": [4, 4, 3, 4, 4, 5, 5, 5],
         "rewards": [1, 0, 0.5, 0.25],
+        "step_rewards": [0, 0, 0, 0, 0, 0, 0.5, -0.25],  # the first group has none
         "truncated": [0, 0, 0, 0],
         "reward_errors": [0, 0, 0, 0],
         "group_index": [0, 0, 1, 1],
         "shard": [0, 1, 1, 0],
         "oldest_versions": [3, 5],
+        "uses": [0, 2],
         "prompt_ids": ("p1", "p2"),
         "epochs": (0, 0),
     }
@@ -50,7 +54,7 @@ def test_dtypes_are_those_of_the_wire() -> None:
     dtypes = {
         f.name: getattr(batch, f.name).dtype.name for f in fields(Batch) if hasattr(getattr(batch, f.name), "dtype")
     }
-    floats = {"behaviour_logprobs", "rewards"}
+    floats = {"behaviour_logprobs", "rewards", "step_rewards"}
     flags = {"truncated", "reward_errors"}
     assert {name for name, dtype in dtypes.items() if dtype == "float32"} == floats
     assert {name for name, dtype in dtypes.items() if dtype == "uint8"} == flags
