@@ -62,35 +62,6 @@ def token_rewards(rewards: Tensor, lengths: Tensor, step_rewards: Tensor | None 
     return earned.index_add(0, lengths.cumsum(0) - 1, rewards.double()).to(rewards.dtype)
 
 
-def overlong_penalty(lengths: Tensor, *, limit: int, buffer: int) -> Tensor:
-    """DAPO's soft overlong punishment, to be added to each response's final reward.
-
-        0                                  |o| <= limit − buffer
-        ((limit − buffer) − |o|) / buffer       up to limit, where it is −1
-        −1                                 above
-
-    So a long answer is told that it nears the limit before it is cut off.
-
-    Args:
-        lengths: int64 [N], tokens per response, all >= 1.
-        limit: L_max in tokens, the longest answer that is not punished in full.
-        buffer: L_cache in tokens, in 1..limit, over which the punishment grows.
-
-    Returns:
-        float32 [N], in [−1, 0], in units of reward.
-
-    Raises:
-        ValueError: a wrong shape, a length below 1, a buffer outside 1..limit.
-        TypeError: lengths that are not int64.
-
-    Paper: DAPO, arXiv 2503.14476, equation 13.
-    """
-    check_lengths(lengths)
-    if not 1 <= buffer <= limit:
-        raise ValueError(f"buffer: expected 1 to limit = {limit} tokens, got {buffer}")
-    return ((limit - buffer - lengths).double() / buffer).clamp(-1.0, 0.0).float()
-
-
 def returns(rewards: Tensor, lengths: Tensor, *, gamma: float) -> Tensor:
     """Monte-Carlo returns, what the critics regress on.
 

@@ -200,10 +200,10 @@ def pretend(directory: Path, code: str) -> str:
 class Demo:
     """`asyncppo demo` in a process of its own, with pretenders for programs."""
 
-    def __init__(self, directory: Path, mode: str, *arguments: str) -> None:
+    def __init__(self, directory: Path, mode: str, *arguments: str, task: str = "tiny") -> None:
         self.directory = directory
         python = pretend(directory, PRETENDER.format(root=str(ROOT)))
-        base = directory / "artifacts" / "tiny"
+        base = directory / "artifacts" / task
         config = directory / "demo.yaml"
         config.write_text(
             f"run: {{name: demo, steps: 40, directory: {directory / 'runs'}}}\n"
@@ -264,6 +264,16 @@ def test_a_demo_that_learns_ends_with_its_verdict_and_code_0(tmp_path: Path) -> 
     assert (found["pass_at_1_before"], found["pass_at_1_after"], found["steps"]) == (0.25, 0.75, 40)
     assert "launched" in (tmp_path / "runs/demo/events.jsonl").read_text().splitlines()[0]
     assert (tmp_path / "runs/demo/plots/overview.png").exists()
+
+
+@pytest.mark.parametrize(("task", "makes"), [("tiny", True), ("chains", True), ("mine", False)])
+def test_the_demo_makes_the_base_of_an_embedded_task_and_of_no_other(tmp_path: Path, task: str, makes: bool) -> None:
+    code, output = Demo(tmp_path, "learn", task=task).result()
+    assert code == 0, output
+    made = tmp_path / "trainer.tiny_base.arguments"
+    assert made.exists() == makes
+    if makes:
+        assert made.read_text() == f"--out {tmp_path}/artifacts/{task} --task {task}"
 
 
 def test_both_programs_get_one_config_and_the_server_the_trainers_address(tmp_path: Path) -> None:

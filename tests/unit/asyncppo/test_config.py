@@ -59,6 +59,8 @@ def test_there_are_shipped_configs() -> None:
         ("algorithm.max_staleness=2", "unknown key algorithm.max_staleness; did you mean stream.max_staleness?"),
         ("algoritm.utd=2", "unknown key algoritm; did you mean algorithm?"),
         ("run.zzzzzz=2", "unknown key run.zzzzzz; known keys here: name, directory, seed"),
+        ("critic.each=[{}, {pth: a}]", "unknown key critic.each[1].pth; did you mean critic.each[1].path?"),
+        ("critic.each=[{zzzzzz: 1}]", "unknown key critic.each[0].zzzzzz; known keys here: path, learning_rate"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(least: Path, override: str, said: str) -> None:
@@ -72,7 +74,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(least: Path, overr
         ("algorithm.utd=0", "algorithm.utd: expected `int` >= 1, got 0"),
         ("algorithm.utd=2.5", "algorithm.utd: expected `int`, got 2.5"),
         ("algorithm.utd=", "algorithm.utd: expected `int`, got null"),
-        ("algorithm.aggregation=max", "algorithm.aggregation: expected `mean` or `min`, got 'max'"),
+        ("algorithm.aggregation=max", "algorithm.aggregation: expected `mean` or `min` or `confidence`, got 'max'"),
         ("stream.max_staleness=-1", "stream.max_staleness: expected `int` >= 0, got -1"),
         ("stream.max_staleness=65", "stream.max_staleness: expected `int` <= 64, got 65"),
         ("stream.max_staleness=four", "stream.max_staleness: expected `int`, got 'four'"),
@@ -83,6 +85,26 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(least: Path, overr
         ("critic.addresses=[7]", "critic.addresses[0]: expected `str`, got 7"),
         ("eval.sets={six: [1]}", "eval.sets[...]: expected `str`, got {'six': [1]}"),
         ("data=3", "data: expected `object`, got 3"),
+        ("algorithm.mask_fraction=1", "algorithm.mask_fraction: expected `float` < 1.0, got 1"),
+        ("algorithm.mask_fraction=[[0, 0], [5, 2]]", "algorithm.mask_fraction[1][1]: expected `float` < 1.0, got 2"),
+        ("algorithm.entropy_filter=[[0.5, 0]]", "algorithm.entropy_filter[0][0]: expected `int`, got 0.5"),
+        ("algorithm.mask_fraction=low", "algorithm.mask_fraction: expected `float | array`, got 'low'"),
+        ("algorithm.lam_length_alpha=0", "algorithm.lam_length_alpha: expected `float` > 0.0, got 0"),
+        ("algorithm.dual_clip=1", "algorithm.dual_clip: expected `float` > 1.0, got 1"),
+        ("algorithm.clip_low=1", "algorithm.clip_low: expected `float` < 1.0, got 1"),
+        ("algorithm.behaviour_cap=0.5", "algorithm.behaviour_cap: expected `float` >= 1.0, got 0.5"),
+        ("algorithm.divergence_limit=0", "algorithm.divergence_limit: expected `float` > 0.0, got 0"),
+        ("algorithm.kl_coef=-1", "algorithm.kl_coef: expected `float` >= 0.0, got -1"),
+        ("algorithm.ratio=group", "algorithm.ratio: expected `token` or `sequence` or `prefix-min`, got 'group'"),
+        ("algorithm.trust=kl", "algorithm.trust: expected `clip` or `divergence`, got 'kl'"),
+        ("guard.min_ess=1.5", "guard.min_ess: expected `float` <= 1.0, got 1.5"),
+        ("guard.max_logprob_gap=0", "guard.max_logprob_gap: expected `float` > 0.0, got 0"),
+        ("guard.recover_after=0", "guard.recover_after: expected `int` >= 1, got 0"),
+        ("guard.max_skipped=0", "guard.max_skipped: expected `int` >= 1, got 0"),
+        ("critic.lam=1.5", "critic.lam: expected `float` <= 1.0, got 1.5"),
+        ("critic.value_clip=0", "critic.value_clip: expected `float` > 0.0, got 0"),
+        ("critic.warmup_batches=-1", "critic.warmup_batches: expected `int` >= 0, got -1"),
+        ("critic.each=[{epochs: 0}, {}]", "critic.each[0].epochs: expected `int` >= 1, got 0"),
         ("run.name=" + 99 * "/", "run.name: expected `str` matching regex"),
     ],
 )
@@ -167,6 +189,23 @@ def test_an_override_that_makes_no_sense_is_refused(least: Path, override: str, 
         (["critic.devices=[0]"], "critic.devices has 1 GPUs for 2 critic processes"),
         (["actor.minibatches=65"], "actor.minibatches is 65, more than the 64 groups"),
         (["actor.engine=plain", "actor.processes=2"], "actor.engine is plain, which trains in one process"),
+        (["critic.each=[{}]"], "critic.each has 1 entries for 2 critics"),
+        (["critic.each=[{}]", "algorithm.critics=0"], "critic.each has 1 entries for 0 critics"),
+        (["critic.each=[{}, {minibatches: 65}]"], "critic.minibatches is 65, more than the 64 groups"),
+        (
+            ["algorithm.mask_signal=entropy", "algorithm.proximal=behaviour"],
+            "algorithm.proximal is behaviour: set algorithm.proximal to recompute",
+        ),
+        (["algorithm.mask_signal=entropy", "algorithm.proximal=interpolate"], "algorithm.proximal is interpolate"),
+        (["algorithm.mask_fraction=[]"], "algorithm.mask_fraction: expected points [version, value]"),
+        (["algorithm.mask_fraction=[[3, 0.1], [3, 0.2]]"], "with rising versions, got [(3, 0.1), (3, 0.2)]"),
+        (["algorithm.entropy_filter=[[3, 0.1], [2, 0.2]]"], "algorithm.entropy_filter: expected points"),
+        (["reward.functions={a: .nan}"], "expected finite weights"),
+        (["reward.functions={a: 1, b: .inf}"], "expected finite weights"),
+        (
+            ["reward.overlong_buffer=9", "sampling.max_response_tokens=8"],
+            "reward.overlong_buffer is 9, more than the 8 tokens of a response",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(least: Path, overrides: list[str], said: str) -> None:
@@ -208,6 +247,8 @@ def test_what_can_be_derived_follows_from_the_keys(least: Path) -> None:
         "sampling.top_p=0.9",
         "sampling.top_k=50",
         "reward.function=a:b",
+        "reward.functions={a:b: 1}",
+        "reward.overlong_buffer=5",
         "reward.workers=2",
         "reward.timeout_s=1",
     ],
@@ -228,6 +269,15 @@ def test_the_agreement_changes_with_sampling_and_reward(least: Path, override: s
         "algorithm.utd=4",
         "actor.learning_rate=0.1",
         "critic.epochs=3",
+        "critic.each=[{}, {path: other}]",
+        "critic.warmup_batches=5",
+        "algorithm.critics=1",
+        "algorithm.mask_fraction=[[0, 0], [9, 0.5]]",
+        "algorithm.ratio=sequence",
+        "algorithm.kl_coef=1",
+        "guard.min_ess=0",
+        "run.inspect_every=1",
+        "stream.drop_equal_rewards=true",
         "rollout.max_groups=3",
         "publish.directory=/tmp",
     ],
@@ -253,7 +303,143 @@ def test_the_configuration_page_is_the_generated_one() -> None:
     assert page.read_text() == config.documentation() + "\n", "run: asyncppo config docs > docs/configuration.md"
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("reward.functions={math_verify: 1.0, 'a:b': .nan}", "expected finite weights"),
+        ("reward.functions={math_verify: .inf}", "expected finite weights"),
+        ("reward.overlong_buffer=65", r"reward\.overlong_buffer is 65, more than the 64 tokens"),
+    ],
+)
+def test_rewards_that_make_no_sense_are_refused(least: Path, override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        config.load(least, ["sampling.max_response_tokens=64", override])
+    config.load(least, ["sampling.max_response_tokens=64", "reward.overlong_buffer=64"])
+
+
 @pytest.mark.parametrize("top_k", [0, 1])
 def test_greedy_top_k_is_refused(top_k: int) -> None:
     with pytest.raises(ConfigError, match=r"sampling\.top_k is"):
         config.load(ROOT / "configs/demo.yaml", [f"sampling.top_k={top_k}"])
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        (0.3, {0: 0.3, 99: 0.3}),
+        ([(5, 0.4)], {0: 0.4, 5: 0.4, 9: 0.4}),
+        ([(2, 0.1), (6, 0.5)], {0: 0.1, 2: 0.1, 3: 0.2, 4: 0.3, 5: 0.4, 6: 0.5, 99: 0.5}),
+        ([(0, 0.0), (4, 0.8), (6, 0.2)], {0: 0.0, 1: 0.2, 4: 0.8, 5: 0.5, 6: 0.2, 7: 0.2}),
+        ([(1, 0.5), (2, 0.0)], {0: 0.5, 1: 0.5, 2: 0.0}),
+    ],
+)
+def test_a_scheduled_key_runs_in_straight_lines_between_its_points_and_is_constant_outside(
+    points: float | list[tuple[int, float]], expected: dict[int, float]
+) -> None:
+    assert {version: config.at(points, version) for version in expected} == pytest.approx(expected)
+
+
+def test_a_schedule_is_read_from_yaml(least: Path) -> None:
+    loaded = config.load(least, ["algorithm.mask_fraction=[[0, 0.0], [100, 0.2]]"])
+    assert config.at(loaded.algorithm.mask_fraction, 50) == pytest.approx(0.1)
+
+
+def test_each_critic_has_its_entry_on_top_of_the_section(least: Path) -> None:
+    loaded = config.load(
+        least,
+        [
+            "critic.learning_rate=0.5",
+            "critic.weight_decay=0.25",
+            "critic.minibatches=2",
+            "critic.each=[{path: mini, learning_rate: 0.125, epochs: 3}, {weight_decay: 0, warmup_steps: 7}]",
+            "run.steps=10",
+        ],
+    )
+    first, second = (loaded.critic_of(index) for index in range(2))
+    assert (first.path, first.learning_rate, first.weight_decay, first.epochs) == ("mini", 0.125, 0.25, 3)
+    assert (second.path, second.learning_rate, second.weight_decay, second.epochs) == ("model", 0.5, 0.0, 1)
+    assert (first.warmup_steps, second.warmup_steps) == (0, 7)
+    assert [section.minibatches for section in (first, second)] == [2, 2]
+    assert loaded.critic_paths == ["mini", "model"]
+    assert [loaded.critic_steps(index) for index in range(2)] == [10 * 3 * 2, 10 * 1 * 2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "epochs"),
+    [
+        (["algorithm.utd=3"], 3),
+        (["algorithm.utd=3", "algorithm.reuse=replay"], 1),
+        (["algorithm.utd=3", "critic.epochs=2"], 2),
+    ],
+)
+def test_a_critics_epochs_follow_utd_unless_they_are_said(least: Path, overrides: list[str], epochs: int) -> None:
+    assert config.load(least, overrides).critic_of(0).epochs == epochs
+
+
+WARM = ["critic.warmup_batches=3"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.seed=1",
+        "run.steps=7",
+        "algorithm.utd=4",
+        "algorithm.mask_fraction=0.5",
+        "algorithm.lam=0.5",
+        "actor.learning_rate=0.1",
+        "critic.warmup_steps=5",
+        "critic.schedule=cosine",
+        "critic.epochs=3",
+        "critic.fresh_values=true",
+        "critic.timeout_s=5",
+        "guard.min_ess=0",
+        "stream.max_staleness=0",
+    ],
+)
+def test_a_warm_start_does_not_depend_on_the_seed_or_on_what_comes_after_it(least: Path, override: str) -> None:
+    assert config.load(least, [*WARM, override]).warmup_directory == config.load(least, WARM).warmup_directory
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "critic.warmup_batches=4",
+        "critic.learning_rate=0.125",
+        "critic.warmup_learning_rate=0.125",
+        "critic.warmup_learning_rate=1e-6",  # the number of critic.learning_rate, but it falls
+        "critic.each=[{}, {learning_rate: 0.125}]",
+        "critic.path=other",
+        "critic.minibatches=2",
+        "critic.lam=0.5",
+        "critic.value_clip=0.5",
+        "critic.dtype=float32",
+        "actor.path=other",
+        "data.train=other.jsonl",
+        "sampling.temperature=0.5",
+        "reward.function=a:b",
+        "stream.prompts_per_batch=8",
+        "stream.drop_equal_rewards=true",
+        "algorithm.critics=1",
+        "algorithm.shards=shared",
+        "algorithm.gamma=0.5",
+        "algorithm.truncated=mask",
+        "critic.warmup_directory=elsewhere",
+    ],
+)
+def test_a_warm_start_is_kept_apart_from_every_other_that_would_come_out_otherwise(least: Path, override: str) -> None:
+    assert config.load(least, [*WARM, override]).warmup_directory != config.load(least, WARM).warmup_directory
+
+
+def test_warm_starts_are_in_the_run_directory_or_where_it_is_said(least: Path) -> None:
+    loaded = config.load(least, WARM)
+    assert loaded.warmup_directory.parent == loaded.run_directory / "warm_start"
+    shared = config.load(least, [*WARM, "critic.warmup_directory=/some/where"])
+    assert shared.warmup_directory == Path("/some/where") / loaded.warmup_directory.name
+
+
+@pytest.mark.parametrize(("critics", "groups"), [(0, 0), (1, 192), (2, 192)])
+def test_the_groups_of_a_warm_start_are_those_of_its_batches(least: Path, critics: int, groups: int) -> None:
+    loaded = config.load(least, [*WARM, f"algorithm.critics={critics}", "run.steps=2"])
+    assert loaded.warmup_groups == groups
+    assert loaded.derived()["prompts_of_the_run"] == groups + 128

@@ -21,6 +21,7 @@ from asyncppo.messages import (
     CriticFailed,
     CriticReady,
     Done,
+    ExportCritic,
     Failed,
     Goodbye,
     Group,
@@ -32,6 +33,7 @@ from asyncppo.messages import (
     Pulse,
     Refused,
     SaveCritic,
+    StartCritic,
     Stop,
     SwapFailed,
     Swapped,
@@ -66,7 +68,7 @@ STRANGE = floats(np.nan, -0.0, np.inf, -np.inf, 1e-45, 3.4e38)
 
 EXAMPLES: list[Message] = [
     a_hello(),
-    a_group(),
+    a_group(step_rewards=STRANGE),
     Failed(lease=7, reason="the engine is down: ünïcode"),
     a_status(3, tokens=10**12),
     Swapped(policy_version=4, verify_s=0.5, pause_s=0.25, load_s=0.125, resume_s=0.0),
@@ -86,14 +88,19 @@ EXAMPLES: list[Message] = [
         input_ids=ints(1, 2, 3, 4),
         sequence_lengths=ints(4),
         response_lengths=ints(2),
-        returns=STRANGE,
+        rewards=STRANGE,
+        truncated=flags(1),
         shard=flags(0),
         group_index=ints(0),
     ),
     SaveCritic(directory="/a"),
     LoadCritic(directory="/a"),
+    ExportCritic(directory="/a"),
+    StartCritic(directory="/a"),
     CriticReady(index=1, parameters=37152),
-    Learned(step=1, values=floats(), metrics={"loss": 0.5, "grad_norm": float("inf")}, seconds=0.1),
+    Learned(
+        step=1, values=floats(), fresh_values=floats(), metrics={"loss": 0.5, "grad_norm": float("inf")}, seconds=0.1
+    ),
     Done(),
     CriticFailed(reason="out of memory"),
 ]
@@ -176,7 +183,7 @@ def test_an_array_of_another_dtype_is_not_sent(dtype: str) -> None:
 def test_the_numbers_of_one_codec_do_not_run_into_the_next_message() -> None:
     codec = Codec(ToTrainer)
     first, second = codec.encode(a_group(1)), codec.encode(a_group(2))
-    assert len(first) == len(second) == 10
+    assert len(first) == len(second) == 11
     assert_same(codec.decode(first), a_group(1))
     assert_same(codec.decode(second), a_group(2))
 
@@ -224,10 +231,10 @@ def test_missing_extra_and_doubly_used_frames_are_refused() -> None:
     frames = over_the_wire(a_group())
     refused(frames[:1], "without its frame")
     refused(frames[:-1], "without its frame")
-    refused([*frames, b""], "11 frames, 9 arrays")
+    refused([*frames, b""], "12 frames, 10 arrays")
     refused([*over_the_wire(Goodbye(reason="")), b"stowaway"], "2 frames, 0 arrays")
-    twice = header_of(a_group(), reward_errors=["uint8", [2], 8])  # as `truncated`
-    refused([twice, *frames[1:-1]], "frame 8 is two arrays")
+    twice = header_of(a_group(), reward_errors=["uint8", [2], 9])  # as `truncated`
+    refused([twice, *frames[1:-1]], "frame 9 is two arrays")
     refused([twice, *frames[1:]], "does not decode")
     refused([], "expected 1 to")
     refused([*frames, *[b""] * MAX_FRAMES], "expected 1 to")
@@ -372,6 +379,10 @@ BROKEN = {
     "truncated of another length": ({"truncated": flags(0)}, "truncated has shape"),
     "reward errors of another length": ({"reward_errors": flags(0, 0, 0)}, "reward_errors has shape"),
     "span counts of another length": ({"span_counts": ints(3)}, "span_counts has shape"),
+    "step rewards of another length": (
+        {"step_rewards": floats(0, 1)},
+        r"step_rewards has shape \(2,\), expected \(6,\)",
+    ),
     "log-probs of another length": ({"behaviour_logprobs": floats(0)}, r"behaviour_logprobs has shape \(1,\)"),
     "lengths that miss a token": ({"lengths": ints(3, 2)}, "lengths do not partition its 6 tokens"),
     "an empty response": ({"lengths": ints(6, 0)}, "lengths do not partition"),
@@ -388,6 +399,7 @@ BROKEN = {
     "a flag that is not 0 or 1": ({"truncated": flags(0, 2)}, "out of range"),
     "an error that is not 0 or 1": ({"reward_errors": flags(255, 0)}, "out of range"),
     "a reward that is not a number": ({"rewards": floats(0, np.nan)}, "not finite"),
+    "a step reward that is not a number": ({"step_rewards": floats(0, 0, 0, 0, 0, np.nan)}, "not finite"),
     "an infinite log-prob": ({"behaviour_logprobs": floats(0, 0, 0, 0, 0, -np.inf)}, "not finite"),
 }
 
@@ -405,6 +417,7 @@ def test_a_group_that_makes_no_sense_is_refused(what: str) -> None:
     [
         a_group(),
         a_group_of_version(0),
+        a_group(step_rewards=floats(0, 0.5, 0, -1, 0, 0)),
         a_group(1, [[(5, 1)], [(3, 1)]]),  # a later response may be of an older version
         a_group(1, [[(0, 1), (0, 2), (4, 1)], [(2, 1), (3, 9)]], rewards=[0.5, -1]),
         a_group(1, [[(0, 1)]] * 2, truncated=flags(1, 0), reward_errors=flags(0, 1)),

@@ -17,7 +17,6 @@ from asyncppo.algorithm import (
     group_normalized,
     lambda_returns,
     length_adaptive_lambda,
-    overlong_penalty,
     returns,
     segment_ids,
     token_rewards,
@@ -102,25 +101,6 @@ def test_no_step_rewards_are_step_rewards_of_zero() -> None:
 def test_step_rewards_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"step_rewards: expected shape \[5\], got \[2\]"):
         token_rewards(torch.zeros(2), torch.tensor([2, 3]), torch.zeros(2))
-
-
-@pytest.mark.parametrize(
-    ("length", "penalty"), [(1, 0.0), (12, 0.0), (13, -0.125), (16, -0.5), (19, -0.875), (20, -1.0), (21, -1.0)]
-)
-def test_the_overlong_penalty_grows_over_the_buffer(length: int, penalty: float) -> None:
-    # limit 20, buffer 8: free up to 12, then an eighth for each token
-    assert overlong_penalty(torch.tensor([length, 1]), limit=20, buffer=8).tolist() == [penalty, 0.0]
-
-
-def test_the_overlong_penalty_of_the_paper_is_a_half_in_the_middle_of_its_buffer() -> None:
-    lengths = torch.tensor([16384, 18432, 20480])
-    assert overlong_penalty(lengths, limit=20480, buffer=4096).tolist() == [0.0, -0.5, -1.0]
-
-
-@pytest.mark.parametrize("buffer", [0, -1, 21])
-def test_a_buffer_that_does_not_fit_the_limit_is_refused(buffer: int) -> None:
-    with pytest.raises(ValueError, match=rf"buffer: expected 1 to limit = 20 tokens, got {buffer}"):
-        overlong_penalty(torch.tensor([3]), limit=20, buffer=buffer)
 
 
 # --- returns ---------------------------------------------------------------------------------------------------------
