@@ -417,11 +417,12 @@ class Config(Section, frozen=True, kw_only=True):
             "data": self.data,
             "sampling": self.sampling,
             "reward": self.reward,
-            "prompts_per_batch": self.stream.prompts_per_batch,
+            "stream": (self.stream.prompts_per_batch, self.stream.drop_equal_rewards),
             "algorithm": (algorithm.critics, algorithm.shards, algorithm.gamma, algorithm.truncated),
             "critics": [
                 {key: getattr(self.critic_of(index), key) for key in _DECIDE_WARM_START}
                 | {"rate": critic.warmup_learning_rate or self.critic_of(index).learning_rate}
+                | {"falls": critic.warmup_learning_rate is not None}
                 for index in range(algorithm.critics)
             ],
         }
@@ -516,7 +517,9 @@ class Config(Section, frozen=True, kw_only=True):
             points = getattr(self.algorithm, key)
             versions = [version for version, _ in points] if isinstance(points, list) else [0]
             if not versions or versions != sorted(set(versions)):
-                raise ConfigError(f"algorithm.{key}: expected points [version, value] with rising versions")
+                raise ConfigError(
+                    f"algorithm.{key}: expected points [version, value] with rising versions, got {points}"
+                )
         if int(self.stream.address.rpartition(":")[2]) > 65535:
             raise ConfigError(f"stream.address is {self.stream.address}: ports end at 65535")
         if self.critic.addresses and len(self.critic.addresses) != self.algorithm.critics:
@@ -637,8 +640,8 @@ def _explain(error: str, tree: dict[str, Any]) -> str:
         near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.5)
         everywhere = [f"{section}.{key}" for section in _keys("") for key in _keys(section)]
         elsewhere = [key for key in everywhere if key.endswith(f".{unknown[1]}")]
-        hint = near[0] if near else (elsewhere[0] if elsewhere else None)
-        prefix = f"{path}." if path and near else ""
+        hint = elsewhere[0] if elsewhere else (near[0] if near else None)
+        prefix = f"{path}." if path and near and not elsewhere else ""
         tail = f"did you mean {prefix}{hint}?" if hint else f"known keys here: {', '.join(known)}"
         return f"unknown key {dotted}; {tail}"
     if missing:
@@ -658,7 +661,10 @@ def _type_of(path: str) -> Any:
     """The declared type of a dotted key."""
     kind: Any = Config
     for part in filter(None, path.split(".")):
-        kind = typing.get_type_hints(kind).get(part) if _is_section(kind) else None
+        name, entry, _ = part.partition("[")  # `each[0]` is an entry of the list `each`
+        kind = typing.get_type_hints(kind).get(name) if _is_section(kind) else None
+        if entry:
+            kind = next(iter(typing.get_args(kind)), None)
     return kind
 
 

@@ -35,7 +35,7 @@ def rollout_python() -> str:
 @pytest.fixture(scope="session")
 def quick_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded base models after a few dozen steps: the files are real, the models know nothing."""
-    from trainer.tiny_base import make_base
+    from trainer.tiny_base.base import make_base
 
     directory = tmp_path_factory.mktemp("base") / "tiny"
     make_base(directory, quick=True)

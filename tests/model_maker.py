@@ -16,7 +16,7 @@ from asyncppo.config import Config, load
 from asyncppo.messages import Learn
 from trainer.model.world import World
 from trainer.stream.batch import Batch
-from trainer.tiny_base import build_tokenizer, save_tokenizer
+from trainer.tiny_base.tokens import build_tokenizer, save_tokenizer
 
 torch.set_num_threads(1)  # more only fight over the cores: these tensors are small
 
@@ -109,11 +109,13 @@ def a_batch(
         behaviour_logprobs=(-4.0 - 0.05 * np.arange(tokens)).astype(np.float32),
         token_versions=np.repeat(np.arange(count, dtype=np.int32) % 2 + version - 1, responses),
         rewards=np.array(rewards, dtype=np.float32),
+        step_rewards=np.zeros(tokens, dtype=np.float32),
         truncated=np.array(truncated, dtype=np.uint8),
         reward_errors=np.array([0] * (count - 1) + [1], dtype=np.uint8),
         group_index=np.repeat(np.arange(len(prompts), dtype=np.int32), size),
         shard=np.array(shard, dtype=np.int32),
         oldest_versions=np.array([version - 1] * len(prompts), dtype=np.int32),
+        uses=np.zeros(len(prompts), dtype=np.int32),
         prompt_ids=tuple(f"p{index}" for index in range(len(prompts))),
         epochs=(0,) * len(prompts),
     )
@@ -136,24 +138,33 @@ def reorder(batch: Batch, order: Sequence[int]) -> Batch:
         behaviour_logprobs=ragged(batch.behaviour_logprobs, batch.response_lengths),
         token_versions=ragged(batch.token_versions, batch.response_lengths),
         rewards=batch.rewards[chosen],
+        step_rewards=ragged(batch.step_rewards, batch.response_lengths),
         truncated=batch.truncated[chosen],
         reward_errors=batch.reward_errors[chosen],
         group_index=batch.group_index[chosen],
         shard=batch.shard[chosen],
         oldest_versions=batch.oldest_versions,
+        uses=batch.uses,
         prompt_ids=batch.prompt_ids,
         epochs=batch.epochs,
     )
 
 
 def a_lesson(batch: Batch, returns: Sequence[float] | np.ndarray, shard: Sequence[int], step: int = 0) -> Learn:
-    """What the learner sends to a critic: the batch, [T] returns, and 1 for each response that is its own."""
+    """What the learner sends to a critic: the batch, and 1 for each response that is its own.
+
+    The rewards are those whose undiscounted sums to the end of each response are the [T] returns.
+    """
+    given = np.asarray(returns, dtype=np.float32)
+    after = np.append(given[1:], np.float32(0))
+    after[np.cumsum(batch.response_lengths) - 1] = 0
     return Learn(
         step=step,
         input_ids=batch.input_ids,
         sequence_lengths=batch.sequence_lengths,
         response_lengths=batch.response_lengths,
-        returns=np.asarray(returns, dtype=np.float32),
+        rewards=given - after,
+        truncated=batch.truncated,
         shard=np.asarray(shard, dtype=np.uint8),
         group_index=batch.group_index,
     )

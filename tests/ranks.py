@@ -6,6 +6,7 @@ actor and one lesson of a critic, under DeepSpeed.
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,43 @@ from asyncppo.config import load
 from tests.model_maker import a_batch, a_lesson
 from trainer.model import deepspeed_engine, networks
 from trainer.model.critic import Critic
-from trainer.model.policy import Policy
+from trainer.model.policy import Policy, Scores
 from trainer.model.world import World
 from trainer.stream.batch import Batch
-from trainer.targets import build_targets
+from trainer.targets import TargetBuilder, Targets
 
 STAGES = ("1", "2", "3", "3 as for a large model")
+SWITCHES = {
+    "sequence ratio": (
+        "algorithm.ratio=sequence",
+        "algorithm.clip_low=0.01",
+        "algorithm.clip_high=0.01",
+        "algorithm.behaviour_level=sequence",
+        "algorithm.behaviour_mode=clamp",
+        "algorithm.behaviour_cap=1.05",
+        "algorithm.loss_aggregation=constant",
+        "algorithm.kl_coef=0.5",
+        "algorithm.mask_scope=sequence",
+    ),
+    "prefix ratio": (
+        "algorithm.ratio=prefix-min",
+        "algorithm.proximal=interpolate",
+        "algorithm.dual_clip=1.5",
+        "algorithm.mask_signal=random",
+        "critic.lam=0.5",
+        "critic.value_clip=0.1",
+    ),
+    "divergence": (
+        "algorithm.trust=divergence",
+        "algorithm.divergence_limit=0.001",
+        "algorithm.loss_aggregation=token-mean",
+        "algorithm.mask_signal=entropy",
+    ),
+}
+"""Settings under which the update looks at whole responses, or at what only some ranks hold; trained under ZeRO 2."""
 BATCHES = ("even", "ragged", "one response")
+CASES = [(stage, batch) for stage in STAGES for batch in BATCHES]
+CASES += [(switch, batch) for switch in SWITCHES for batch in BATCHES[1:]]
 
 
 def batches() -> Iterator[tuple[str, Batch]]:
@@ -42,31 +73,45 @@ def be_large(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def train(directory: Path, stage: str, batch: Batch, world: World) -> dict[str, Any]:
+def own_responses(batch: Batch) -> list[int]:
+    return [1] * len(batch.rewards) if len(batch.rewards) == 1 else [1, 0] * (len(batch.rewards) // 2)
+
+
+def train(directory: Path, stage: str, batch: Batch, world: World, *overrides: str) -> dict[str, Any]:
     settings = [
         f"{role}.{key}" for role in ("actor", "critic") for key in (f"zero_stage={stage[0]}", "engine=deepspeed")
     ]
-    config = load(directory / "config.yaml", settings)
+    config = load(directory / "config.yaml", [*settings, *overrides])
     policy, critic = Policy(config, world), Critic(config, 0, world)
     tokens = len(batch.response_ids)
     values = torch.stack((torch.linspace(-0.5, 0.5, tokens), torch.linspace(0.4, -0.1, tokens).square()))
-    proximal = policy.logprobs(batch)
-    result: dict[str, Any] = {"logprobs": proximal}
-    targets = build_targets(batch, values, config.algorithm)
-    result["policy metrics"] = [policy.update(batch, proximal, targets, use) for use in range(2)]
+    scores = policy.score(batch)
+    result: dict[str, Any] = {
+        name: getattr(scores, name) for name in Scores.__slots__ if getattr(scores, name) is not None
+    }
+    targets = TargetBuilder(config).build(batch, values, scores.entropy)
+    result["policy metrics"] = [policy.update(batch, scores, targets, use) for use in range(2)]
     result["policy"] = policy.weights()
     returns = np.linspace(-1, 1, tokens)
-    shard = [1] * len(batch.rewards) if len(batch.rewards) == 1 else [1, 0] * (len(batch.rewards) // 2)
-    learned = critic.learn(a_lesson(batch, returns, shard))
+    learned = critic.learn(a_lesson(batch, returns, own_responses(batch)))
     result["values"], result["critic metrics"] = torch.from_numpy(np.array(learned.values)), learned.metrics
     result["critic"] = {name: weights.clone() for name, weights in critic._engine.parameters_in_full()}
-    policy.save(directory / f"state-{world.size}" / f"{stage}-{len(batch.rewards)}")
-    policy.update(batch, proximal, targets, 2)
+    state = directory / f"state-{world.size}" / f"{stage}-{len(batch.rewards)}-{len(overrides)}"
+    policy.save(state)
+    policy.update(batch, scores, targets, 2)
     expected = policy.weights()
-    policy.load(directory / f"state-{world.size}" / f"{stage}-{len(batch.rewards)}")
-    policy.update(batch, proximal, targets, 2)
+    policy.load(state)
+    result["poisoned"] = poisoned(policy, batch, scores, targets)
+    policy.update(batch, scores, targets, 2)
     result["resumed"] = {name: bool(torch.equal(weights, expected[name])) for name, weights in policy.weights().items()}
     return result
+
+
+def poisoned(policy: Policy, batch: Batch, scores: Scores, targets: Targets) -> float:
+    """Steps skipped in a pass in which one token of one rank has an advantage that is not a number."""
+    advantages = targets.advantages.clone()
+    advantages[int(targets.keep_policy.nonzero()[0])] = torch.nan
+    return policy.update(batch, scores, replace(targets, advantages=advantages), 2)["skipped"]
 
 
 def shared(world: World) -> dict[str, Any]:
@@ -92,6 +137,11 @@ def main(directory: Path) -> None:
         for name, batch in batches():
             print(f"rank {world.rank} of {world.size}: ZeRO {stage}, {name}", flush=True)
             results[stage, name] = train(directory, stage, batch, world)
+    deepspeed_engine.deepspeed_config = derive
+    for switch, overrides in SWITCHES.items():
+        for name, batch in list(batches())[1:]:
+            print(f"rank {world.rank} of {world.size}: {switch}, {name}", flush=True)
+            results[switch, name] = train(directory, "2", batch, world, *overrides)
     if world.rank == 0:
         torch.save(results, directory / f"results-{world.size}.pt")
     world.close()

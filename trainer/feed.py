@@ -44,11 +44,17 @@ class Feed:
         self._should_stop = should_stop
         self.tokenizer_directory = tokenizer_directory
 
-    def take(self, version: int) -> Batch | None:
-        """The next batch, packed, the same on every rank; None when the run is to stop."""
+    def take(self, version: int, *, warm_start: bool = False) -> Batch | None:
+        """The next batch, packed, the same on every rank; None when the run is to stop.
+
+        Args:
+            version: the version about to be trained.
+            warm_start: a batch of the critics' warm start: as many as are wanted of one version, each of groups that
+                are used this once (`Intake.take`).
+        """
         arrays: dict[str, Any] | None = None
         if self._intake is not None:
-            groups = self._intake.take(version, self._should_stop)
+            groups = self._intake.take(version, self._should_stop, warm_start=warm_start)
             if groups is None:
                 arrays = {}
             else:
@@ -65,6 +71,10 @@ class Feed:
     def announce(self, weights: WeightsReady) -> None:
         """Tell the rollout servers of a new version."""
         self._rank_0.announce(weights)
+
+    def limit_staleness(self, bound: int) -> None:
+        """The brake: lease by this bound, at most `stream.max_staleness`, from now on (`Intake.limit_staleness`)."""
+        self._rank_0.limit_staleness(bound)
 
     def oldest_wanted_version(self, newest: int) -> int:
         """Versions below this one are served by nobody and wanted by nobody."""

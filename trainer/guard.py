@@ -53,7 +53,11 @@ class Brake:
         return max(0, self._bound - max(0, self.level - (self._passes - 1)))
 
     def observe(self, version: int, ess: float, gap: float) -> None:
-        """After a step: its effective sample size (a fraction) and mean log-prob gap (nats); NaN says nothing."""
+        """After a step: its effective sample size (a fraction) and mean log-prob gap (nats).
+
+        NaN says nothing. A step without an effective sample size (no token carried a weight: all were masked, or beyond
+        the cap) is no good one either.
+        """
         limit = self._guard.max_logprob_gap
         reason = ""
         if ess < self._guard.min_ess:
@@ -61,7 +65,7 @@ class Brake:
         elif limit is not None and gap > limit:
             reason = f"log-prob gap {gap:.3g}, above guard.max_logprob_gap {limit:g}"
         before = self.level
-        self._good = 0 if reason else self._good + 1
+        self._good = 0 if reason else self._good + (not math.isnan(ess))
         if reason:
             self.level = min(self.level + 1, self._passes - 1 + self._bound)
         elif self._good >= self._guard.recover_after and self.level:

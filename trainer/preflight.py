@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -64,28 +65,34 @@ def check_devices(config: Config) -> None:
 
 
 def check_models(config: Config) -> None:
-    """The actor is a causal language model, and the critics can be made from theirs and read the same tokens.
+    """The actor and the reference are causal language models, the critics can be made from theirs, all read the same
+    tokens.
 
     Raises:
         ModelError: missing, of another kind, or with another tokenizer.
     """
     check_causal_lm(config.actor.path)
-    if config.algorithm.kl_coef > 0 and config.algorithm.reference:
-        check_causal_lm(config.algorithm.reference)
+    reference = config.algorithm.reference
+    if config.algorithm.kl_coef > 0 and reference:
+        _check_tokens(config, "reference", reference, check_causal_lm(reference))
     for path in dict.fromkeys(config.critic_paths):
-        critic = check_critic(path)
-        if path == config.actor.path:
-            continue
-        ours, theirs = _tokenizer(config.actor.path).get_vocab(), _tokenizer(path).get_vocab()
-        if ours != theirs:
-            word = next(word for word in sorted({*ours, *theirs}) if ours.get(word) != theirs.get(word))
-            raise ModelError(
-                f"{path}: the critic's tokenizer differs from that of the actor {config.actor.path} (first at "
-                f"{word!r}: {theirs.get(word)} and {ours.get(word)}): a critic must read the actor's tokens"
-            )
-        embeddings = critic.get_text_config().vocab_size
-        if embeddings < len(ours):
-            raise ModelError(f"{path}: has {embeddings} embeddings for {len(ours)} tokens")
+        _check_tokens(config, "critic", path, check_critic(path))
+
+
+def _check_tokens(config: Config, role: str, path: str, model: Any) -> None:
+    """The model reads the actor's tokens, all of them."""
+    if path == config.actor.path:
+        return
+    ours, theirs = _tokenizer(config.actor.path).get_vocab(), _tokenizer(path).get_vocab()
+    if ours != theirs:
+        word = next(word for word in sorted({*ours, *theirs}) if ours.get(word) != theirs.get(word))
+        raise ModelError(
+            f"{path}: the {role}'s tokenizer differs from that of the actor {config.actor.path} (first at "
+            f"{word!r}: {theirs.get(word)} and {ours.get(word)}): a {role} must read the actor's tokens"
+        )
+    embeddings = model.get_text_config().vocab_size
+    if embeddings < len(ours):
+        raise ModelError(f"{path}: has {embeddings} embeddings for {len(ours)} tokens")
 
 
 def load_data(config: Config) -> Data:

@@ -38,6 +38,8 @@ def run(config: Config, feed: Feed, critics: Critics | None, journal: Journal | 
     started = warm_started(config)
     if started is not None:
         log.info("the critics were warm-started by an earlier run: %s", started)
+        if critics is not None:
+            critics.start(started)  # they were built before that run had ended, perhaps
         return True
     log.info("warm start: %d batches train the critics alone", batches)
     for number in range(batches):

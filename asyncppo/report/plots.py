@@ -185,7 +185,8 @@ def _learning(axes: Any, summary: Summary) -> None:
                 clip_on=False,
                 zorder=5,
             )
-    axes.set_ylim(0, 1)
+    rewards = _series(summary, "reward/mean")  # outside [0, 1] by the weights of reward.functions, or overlong_penalty
+    axes.set_ylim(np.nanmin(np.append(rewards, 0.0)), np.nanmax(np.append(rewards, 1.0)))
     _finish(axes, summary, "Reward", "mean reward", "lower right")
     axes.set_xlim(-0.02 * summary.steps, summary.steps * 1.02 + 0.5)
 

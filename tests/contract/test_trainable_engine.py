@@ -16,7 +16,7 @@ from asyncppo.config import ActorConfig
 from asyncppo.errors import CheckpointError
 from tests.model_maker import a_world, largest_difference
 from trainer.model.build import build_engine
-from trainer.model.engine import TrainableEngine, schedule
+from trainer.model.engine import StepReport, TrainableEngine, schedule
 
 pytestmark = pytest.mark.unit
 
@@ -189,3 +189,60 @@ def test_zero_1_in_bfloat16_trains() -> None:
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
     assert {parameter.dtype for _, parameter in engine.parameters_in_full()} == {torch.bfloat16}
+
+
+def bits(engine: TrainableEngine) -> list[torch.Tensor]:
+    return list(weights(engine).values())
+
+
+def good_step(engine: TrainableEngine, step: int) -> StepReport:
+    dtype = next(iter(weights(engine).values())).dtype
+    engine.backward(loss_of(engine, rows(step, dtype)))
+    return engine.step()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_whose_gradient_is_not_finite_is_as_if_it_had_not_been(
+    make: Make, dtype: str, bad: float, parts: int
+) -> None:
+    settings = {"dtype": dtype, "warmup_steps": 3, "schedule": "linear", "max_grad_norm": 0.5, "total_steps": 8}
+    engine, spared = make(**settings), make(**settings)
+    for step in range(2):
+        assert good_step(engine, step) == good_step(spared, step)
+    before = bits(engine)
+    for part in range(parts):  # of two backward calls, one is enough to spoil the step
+        factor = bad if part == 0 else 1.0
+        engine.backward(loss_of(engine, rows(7, before[0].dtype)) * factor)
+    report = engine.step()
+    assert report.skipped
+    assert not math.isfinite(report.grad_norm)
+    assert all(torch.equal(*pair) for pair in zip(bits(engine), before, strict=True))
+    for step in range(2, 5):
+        expected = good_step(spared, step)
+        assert not expected.skipped
+        assert good_step(engine, step) == expected  # the norm and the learning rate too
+    assert all(torch.equal(*pair) for pair in zip(bits(engine), bits(spared), strict=True))
+    assert any(not torch.equal(*pair) for pair in zip(bits(engine), before, strict=True))
+
+
+def test_skipped_steps_in_a_row_change_nothing(make: Make) -> None:
+    engine, spared = make(), make()
+    for _ in range(3):
+        engine.backward(loss_of(engine, rows(0)) * math.nan)
+        assert engine.step().skipped
+    assert train(engine, range(2)) == train(spared, range(2))
+    assert largest_difference(weights(engine), weights(spared)) == 0
+
+
+def test_a_skipped_step_is_not_in_a_save(make: Make, tmp_path: Path) -> None:
+    settings = {"warmup_steps": 3, "schedule": "cosine", "total_steps": 8}
+    engine, resumed = make(**settings), make(**settings)
+    train(engine, range(2))
+    engine.backward(loss_of(engine, rows(0)) * math.inf)
+    assert engine.step().skipped
+    engine.save(tmp_path / "state")
+    resumed.load(tmp_path / "state")
+    assert train(resumed, range(2, 5)) == train(engine, range(2, 5))
+    assert largest_difference(weights(resumed), weights(engine)) == 0

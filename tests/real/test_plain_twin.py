@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from asyncppo.config import Config, load
 from asyncppo.transport.zmq import ZmqLink
 from tests.real.run_tools import ROOT, Programs
-from trainer.tiny_base import make_base
+from trainer.tiny_base.base import make_base
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 

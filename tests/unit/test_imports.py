@@ -108,7 +108,7 @@ def test_only_the_algorithm_brings_torch_into_asyncppo() -> None:
         ("zmq", "asyncppo.transport.zmq"),
         ("deepspeed", "trainer.model.deepspeed_engine"),
         ("sglang", "rollout_server.sglang_process"),
-        ("math_verify", "rollout_server.reward"),
+        ("math_verify", "asyncppo.rewards"),
         ("matplotlib", "asyncppo.report.plots"),
     ],
 )

@@ -62,9 +62,10 @@ class Critic:
         self._index = index
         self._world = world
         begun = warm_started(config)
+        self._warming = config.warmup_groups > 0 and begun is None
         if begun is not None:
             self.start(begun / f"critic_{index}")
-        elif config.warmup_groups:
+        elif self._warming:
             self._build(
                 str(self._settings.path),
                 _warm(self._settings),
@@ -76,6 +77,7 @@ class Critic:
     def start(self, path: Path | str) -> None:
         """Begin anew, as a run does, from a checkpoint: another optimiser, and the schedule from its start."""
         self._build(str(path), self._settings, self._config.critic_steps(self._index))
+        self._warming = False
 
     def _build(self, path: str, settings: CriticConfig, steps: int) -> None:
         self.network = ValueNet(path, settings, seed=self._config.run.seed + 1000 * (self._index + 1))
@@ -170,6 +172,8 @@ class Critic:
 
     def load(self, directory: Path) -> None:
         """Go on from `save`."""
+        if self._warming:  # a checkpoint comes after the warm start, and has the run's optimiser and schedule
+            self.start(str(self._settings.path))
         self._engine.load(directory)
 
     def export(self, directory: Path) -> None:

@@ -1,10 +1,12 @@
-"""The buffer: groups that have arrived and wait for a batch; bounded in age by rule (1) of asyncppo/staleness.py."""
+"""The buffer: groups that have arrived and wait for a batch, their first or, with `algorithm.reuse: replay`, a further
+one; bounded in age by rule (1) of asyncppo/staleness.py."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from asyncppo.messages import Group
 from asyncppo.staleness import may_take, staleness
@@ -19,6 +21,10 @@ class BufferedGroup:
     epoch: int
     prompt: Prompt
     group: Group
+    uses: int = 0
+    """How often it was in a batch before."""
+    used_at: int = -1
+    """Version of its last use: its next one is at another."""
 
     @property
     def oldest_version(self) -> int:
@@ -41,9 +47,19 @@ class Buffer:
         """Hold a group until it is taken or has grown too old."""
         self._groups[group.lease] = group
 
-    def remove_stale(self, version: int) -> list[BufferedGroup]:
-        """Take out what no batch may hold any more when `version` is about to be trained."""
-        stale = [g for g in self._groups.values() if staleness(version, g.oldest_version) > self._max_staleness]
+    def return_used(self, group: BufferedGroup, version: int) -> None:
+        """Hold a group that was used at `version` for another use, at a later one."""
+        self.add(replace(group, uses=group.uses + 1, used_at=version))
+
+    def remove_stale(self, version: int, limit: int | None = None) -> list[BufferedGroup]:
+        """Take out what no batch may hold any more when `version` is about to be trained.
+
+        Args:
+            version: the version about to be trained.
+            limit: bound for groups that were used before, where it is lower than `max_staleness`.
+        """
+        bounds = self._max_staleness, self._max_staleness if limit is None else limit
+        stale = [g for g in self._groups.values() if staleness(version, g.oldest_version) > bounds[g.uses > 0]]
         for group in stale:
             del self._groups[group.lease]
         return stale
@@ -53,18 +69,31 @@ class Buffer:
 
         Args:
             version: the version about to be trained.
-            due: the ledger's due versions of everything unconsumed.
+            due: the ledger's due versions of everything that was never used.
         """
-        if len(self._groups) < self._batch:
+        available = [group for group in self._groups.values() if group.used_at != version]
+        if len(available) < self._batch:
             return None
-        oldest_first = sorted(self._groups.values(), key=lambda group: (group.oldest_version, group.lease))
-        chosen = oldest_first[: self._batch]
-        deadlines = [group.oldest_version + self._max_staleness for group in chosen]
-        in_flight = Counter(due)
-        in_flight.subtract(group.oldest_version + self._max_staleness for group in self._groups.values())
-        worth_waiting = any(count and version <= deadline < max(deadlines) for deadline, count in in_flight.items())
-        if worth_waiting and not may_take(due, deadlines, version=version, batch=self._batch):
-            return None
+        available.sort(key=lambda group: (group.oldest_version, group.uses, group.lease))
+        chosen = available[: self._batch]
+        if not may_take(due, self._due(chosen), version=version, batch=self._batch):
+            available.sort(key=lambda group: group.uses > 0)  # first uses are mandatory
+            chosen = available[: self._batch]
+            if self._in_flight_is_more_urgent(chosen, version, due) and not may_take(
+                due, self._due(chosen), version=version, batch=self._batch
+            ):
+                return None
         for group in chosen:
             del self._groups[group.lease]
         return chosen
+
+    def _due(self, groups: Iterable[BufferedGroup]) -> list[int]:
+        """Due versions of those never used."""
+        return [group.oldest_version + self._max_staleness for group in groups if not group.uses]
+
+    def _in_flight_is_more_urgent(self, chosen: list[BufferedGroup], version: int, due: Mapping[int, int]) -> bool:
+        """Whether a group in flight may still come in time for a place that one of these has: it is worth waiting."""
+        in_flight = Counter(due)
+        in_flight.subtract(self._due(self._groups.values()))
+        latest = max(self._due(chosen)) if not chosen[-1].uses else math.inf
+        return any(count and version <= deadline < latest for deadline, count in in_flight.items())

@@ -1,8 +1,10 @@
 """The ledger: what became of every prompt that was leased, and the only owner of those counts.
 
 A lease is one prompt on its way through the house: in flight at a server, buffered here, and at last consumed or
-dropped. A dropped one's prompt is leased again under a new lease, so no prompt is lost, and each (epoch, prompt) is
-consumed once. At all times: admitted = in flight + buffered + consumed + dropped.
+dropped. It is consumed when it leaves for good after one use or more: all `utd` uses are made, or what is left of them
+lapses because it has grown too old. It is dropped when it goes unused; the prompt is then leased again under a new
+lease, so no prompt is lost, and each (epoch, prompt) is consumed once; only one whose group has no signal is done.
+At all times: admitted = in flight + buffered + consumed + dropped.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 
@@ -20,8 +23,12 @@ from trainer.stream.prompts import Prompt, Prompts
 
 log = logging.getLogger("asyncppo.ledger")
 
+K = TypeVar("K")
+
 NOT_COMPLETED = "not completed"
 """Reason of a drop: a server said that it failed, or did not answer in time."""
+NO_SIGNAL = "no signal"
+"""Reason of a drop: all responses have the same reward (`stream.drop_equal_rewards`); the prompt is done."""
 _HOPELESS = 5
 
 
@@ -39,6 +46,8 @@ class LeaseRecord:
     oldest_version: int
     """Oldest version that a token may have: the server's at the time of the lease, later the group's own."""
     buffered: bool = False
+    uses: int = 0
+    """How often its group was trained on."""
 
 
 class LedgerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,10 +55,13 @@ class LedgerState(msgspec.Struct, frozen=True, kw_only=True):
 
     next_position: int
     unconsumed: list[int]
-    """Positions before `next_position` that are not consumed: to be leased again after a resume."""
+    """Positions before `next_position` that were never used: to be leased again after a resume."""
     admitted: int
     consumed: int
+    """With the groups that have uses left, which lapse with the process that buffered them."""
     dropped: dict[str, int]
+    used: int = 0
+    lapsed: int = 0
 
 
 @dataclass
@@ -58,13 +70,21 @@ class Ledger:
 
     prompts: Prompts
     max_staleness: int
+    utd: int = 1
+    """How often a group comes out of the buffer at most: more than once with `algorithm.reuse: replay`."""
     records: dict[int, LeaseRecord] = field(default_factory=dict)
     """In flight and buffered, by lease."""
     due: Counter[int] = field(default_factory=Counter)
-    """Due version to number of records (asyncppo/staleness.py)."""
+    """Due version to number of records that were never used (asyncppo/staleness.py)."""
+    reusable: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """(due version, uses left) to number of records that were used and may be used again."""
     admitted: int = 0
     consumed: int = 0
     buffered: int = 0
+    used: int = 0
+    """Uses of all groups."""
+    lapsed: int = 0
+    """Uses that were left to groups of at least one use when they had grown too old."""
     dropped: Counter[str] = field(default_factory=Counter)
     """By reason."""
     _next_lease: int = field(default_factory=lambda: secrets.randbits(30) << 32)
@@ -112,23 +132,43 @@ class Ledger:
         self.due[oldest_version + self.max_staleness] += 1
         self.buffered += 1
 
-    def consume(self, leases: Iterable[int]) -> None:
-        """These groups are in a batch."""
-        for lease in leases:
-            record = self.records.pop(lease)
-            self._undue(record)
-            self.buffered -= 1
-            self.consumed += 1
+    def use(self, lease: int, *, last: bool = False) -> bool:
+        """This group is in a batch. Whether it stays buffered for another use.
+
+        Args:
+            lease: of a buffered group.
+            last: it shall not be used again, whatever is left.
+        """
+        record = self.records[lease]
+        self._undue(record)
+        record.uses += 1
+        self.used += 1
+        if record.uses < self.utd and not last:
+            self.reusable[self._reusable_key(record)] += 1
+            return True
+        self._consume(record)
+        return False
+
+    def lapse(self, lease: int) -> None:
+        """This group was used, and has grown too old for the uses that are left to it."""
+        record = self.records[lease]
+        self._undue(record)
+        self.lapsed += self.utd - record.uses
+        self._consume(record)
 
     def drop(self, lease: int, reason: str) -> None:
-        """This lease ends without being consumed; its prompt will be leased again, unless it is hopeless.
+        """This lease ends without having been used; its prompt will be leased again, unless that is in vain.
 
-        A prompt that `_HOPELESS` servers in a row could not complete is given up: it would be tried for ever.
+        A prompt whose group has no signal has been tried, and one that `_HOPELESS` servers in a row could not complete
+        is given up: it would be tried for ever.
         """
         record = self.records.pop(lease)
+        assert not record.uses, f"lease {lease} was used {record.uses} times: it lapses"
         self._undue(record)
         self.buffered -= record.buffered
         self.dropped[reason] += 1
+        if reason == NO_SIGNAL:
+            return
         self._failures[record.position] += reason == NOT_COMPLETED
         if self._failures[record.position] < _HOPELESS:
             self._again.append((record.position, record.epoch, record.prompt))
@@ -145,7 +185,8 @@ class Ledger:
         if (
             self.admitted != self.in_flight + self.buffered + self.consumed + dropped
             or self.buffered != sum(record.buffered for record in self.records.values())
-            or self.due.total() != len(self.records)
+            or self.due.total() != sum(not record.uses for record in self.records.values())
+            or self.due.total() + self.reusable.total() != len(self.records)
         ):
             raise ConservationError(
                 f"admitted {self.admitted} != in flight {self.in_flight} + buffered {self.buffered} + consumed "
@@ -155,24 +196,45 @@ class Ledger:
     def state(self) -> LedgerState:
         """For a checkpoint."""
         waiting = [position for position, _, _ in self._again]
+        never_used = [record.position for record in self.records.values() if not record.uses]
+        left = [self.utd - record.uses for record in self.records.values() if record.uses]
+        consumed = self.consumed + len(left)
         return LedgerState(
             next_position=self._next_position,
-            unconsumed=sorted([*waiting, *(record.position for record in self.records.values())]),
-            admitted=self.consumed + sum(self.dropped.values()),
-            consumed=self.consumed,
+            unconsumed=sorted([*waiting, *never_used]),
+            admitted=consumed + sum(self.dropped.values()),
+            consumed=consumed,
             dropped=dict(self.dropped),
+            used=self.used,
+            lapsed=self.lapsed + sum(left),
         )
 
     def restore(self, state: LedgerState) -> None:
-        """Go on from a checkpoint: what was in flight or buffered is leased again first."""
+        """Go on from a checkpoint: what was in flight, or buffered and never used, is leased again first."""
         self._next_position = state.next_position
         self.admitted, self.consumed, self.dropped = state.admitted, state.consumed, Counter(state.dropped)
+        self.used, self.lapsed = state.used, state.lapsed
         for position in state.unconsumed:
             epoch, prompt = next(self.prompts.after(position))
             self._again.append((position, epoch, prompt))
 
+    def _consume(self, record: LeaseRecord) -> None:
+        del self.records[record.lease]
+        self.buffered -= 1
+        self.consumed += 1
+
+    def _reusable_key(self, record: LeaseRecord) -> tuple[int, int]:
+        return record.oldest_version + self.max_staleness, self.utd - record.uses
+
     def _undue(self, record: LeaseRecord) -> None:
-        deadline = record.oldest_version + self.max_staleness
-        self.due[deadline] -= 1
-        if not self.due[deadline]:
-            del self.due[deadline]
+        """Out of the counts by due version, where it stands for the uses that it has."""
+        if record.uses:
+            _take_one(self.reusable, self._reusable_key(record))
+        else:
+            _take_one(self.due, record.oldest_version + self.max_staleness)
+
+
+def _take_one(counts: Counter[K], key: K) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]

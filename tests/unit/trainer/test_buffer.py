@@ -76,6 +76,51 @@ def test_nothing_waits_for_a_group_that_is_too_old_already() -> None:
     assert taken(a_buffer((1, 1), (2, 1), (3, 1)), 2, {1: 1, 2: 3}) == [1, 2]
 
 
+def test_of_those_due_at_once_the_least_used_come_first() -> None:
+    buffer = Buffer(1, 2)
+    for lease, version, uses in [(1, 1, 2), (2, 1, 1), (3, 1, 0), (4, 0, 3)]:
+        buffer.add(a_buffered(version, lease, uses=uses))
+    assert taken(buffer, 1, {2: 1}) == [4, 3]
+    assert taken(buffer, 1, {}) == [2, 1]
+
+
+def test_a_group_comes_back_with_its_uses_and_not_at_the_same_version() -> None:
+    buffer = a_buffer((1, 0), bound=2, batch=1)
+    for version in range(2):
+        (group,) = buffer.take(version, {}) or []
+        assert group.uses == version
+        buffer.return_used(group, version)
+        assert buffer.take(version, {}) is None
+    assert len(buffer) == 1
+
+
+def test_a_group_never_used_goes_before_a_further_use_that_would_make_it_too_late() -> None:
+    # 2 may be used once more, at 1; then 3 fits into the batch at 2, but not 3 and 4
+    buffer = Buffer(1, 1)
+    for lease, version, uses in [(2, 0, 1), (3, 1, 0)]:
+        buffer.add(a_buffered(version, lease, uses=uses))
+    assert taken(buffer, 1, {2: 1}) == [2]
+    buffer.add(a_buffered(0, 2, uses=1))
+    buffer.add(a_buffered(1, 4))
+    assert taken(buffer, 1, {2: 2}) == [3]
+
+
+def test_a_batch_with_a_further_use_in_it_waits_for_a_first_one_that_is_due() -> None:
+    # 3 is in flight and due at 1: the place of 2, that was used before, is for it, though 2 is not due later
+    buffer = a_buffer((1, 0), batch=2)
+    buffer.add(a_buffered(0, 2, uses=1))
+    due = Counter({1: 2})
+    assert taken(buffer, 1, due) is None
+    buffer.add(a_buffered(0, 3))
+    assert taken(buffer, 1, due) == [1, 3]
+
+
+def test_a_first_use_that_is_not_due_is_overtaken_by_a_further_one() -> None:
+    buffer = a_buffer((1, 0), batch=2)
+    buffer.add(a_buffered(0, 2, uses=1))
+    assert taken(buffer, 0, {1: 2}) == [1, 2]
+
+
 def test_a_bound_of_zero_takes_only_the_version_that_is_about_to_be_trained() -> None:
     buffer = a_buffer((1, 0), (2, 1), (3, 1), bound=0)
     assert [group.lease for group in buffer.remove_stale(1)] == [1]

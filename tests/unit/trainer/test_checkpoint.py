@@ -5,15 +5,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+import torch
 
 from asyncppo.config import Config
 from asyncppo.errors import CheckpointError
-from tests.model_maker import a_config
+from tests.model_maker import a_batch, a_config
 from trainer.checkpoint import Checkpoints, TrainerState
 from trainer.stream.ledger import Ledger
 from trainer.stream.prompts import Prompt, Prompts
+from trainer.targets import TargetBuilder
 
 pytestmark = pytest.mark.unit
 
@@ -25,7 +28,8 @@ def a_state(config: Config, version: int) -> TrainerState:
         policy_version=version,
         critics=config.algorithm.critics,
         actor_path=config.actor.path,
-        critic_path=config.critic_path,
+        critic_paths=config.critic_paths,
+        critic_errors=[0.1, 1 / 3],
         ledger=a_ledger().state(),
     )
 
@@ -100,14 +104,22 @@ def test_ranks_above_the_first_write_their_parts_and_rename_nothing(tmp_path: Pa
     assert not final.exists()
 
 
-@pytest.mark.parametrize("override", ["algorithm.critics=1", "actor.path=another/actor", "critic.path=another/critic"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "algorithm.critics=1",
+        "actor.path=another/actor",
+        "critic.path=another/critic",
+        "critic.each=[{}, {path: another/critic}]",
+    ],
+)
 def test_a_checkpoint_of_other_models_is_refused_with_what_differs(tmp_path: Path, override: str) -> None:
     path = save(a_config(tmp_path), 3)
     with pytest.raises(CheckpointError) as caught:
         Checkpoints(a_config(tmp_path, override)).latest()
     message = str(caught.value)
     assert message.startswith(str(path))
-    assert override.split("=")[1] in message
+    assert ("config says 1" if "critics=1" in override else "another/") in message
     assert "\n" not in message
 
 
@@ -126,8 +138,8 @@ def write_parts(directory):
     os._exit(9)
 
 state = TrainerState(
-    policy_version=int(sys.argv[2]), critics=2, actor_path=config.actor.path, critic_path=config.critic_path,
-    ledger=Ledger(Prompts([], seed=0, shuffle=False), max_staleness=0).state(),
+    policy_version=int(sys.argv[2]), critics=2, actor_path=config.actor.path, critic_paths=config.critic_paths,
+    critic_errors=[], ledger=Ledger(Prompts([], seed=0, shuffle=False), max_staleness=0).state(),
 )
 Checkpoints(config).save(state, write_parts, first_rank=True)
 """
@@ -144,3 +156,16 @@ def test_a_process_killed_in_the_middle_of_a_save_leaves_the_last_good_one(tmp_p
     assert (good / "actor" / "weights").read_text() == "actor 5"
     save(config, 6)  # and what it left is in nobody's way
     assert names(config) == ["step_00000006"]
+
+
+def test_running_errors_of_the_critics_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    config = a_config(tmp_path, "algorithm.aggregation=confidence")
+    batch = a_batch()
+    builder = TargetBuilder(config)
+    builder.build(batch, torch.stack((torch.linspace(0, 1, 23), torch.linspace(1, -1, 23))), None)
+    state = msgspec.structs.replace(a_state(config, 4), critic_errors=builder.errors)
+    Checkpoints(config).save(state, lambda to: [(to / part).mkdir() for part in PARTS], first_rank=True)
+    found = Checkpoints(config).latest()
+    assert found
+    assert len(builder.errors) == 2
+    assert TargetBuilder(config, found[1].critic_errors).errors == builder.errors

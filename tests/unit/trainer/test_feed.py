@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -56,8 +56,10 @@ class ScriptedIntake:
     ) -> None:
         self._taken, self._answers, self._served = taken, answers, served
         self.announced: list[int] = []
+        self.limits: list[int] = []
 
-    def take(self, version: int, should_stop: object) -> list[BufferedGroup] | None:
+    def take(self, version: int, should_stop: object, *, warm_start: bool) -> list[BufferedGroup] | None:
+        self.warm_start = warm_start
         return self._taken
 
     def evaluate(self, prompts: Sequence[Prompt], version: int, should_stop: object) -> list[Group] | None:
@@ -65,6 +67,9 @@ class ScriptedIntake:
 
     def oldest_served_version(self) -> int | None:
         return self._served
+
+    def limit_staleness(self, bound: int) -> None:
+        self.limits.append(bound)
 
     def announce(self, weights: Any) -> None:
         self.announced.append(weights.policy_version)
@@ -91,6 +96,24 @@ def test_every_rank_gets_the_same_batch() -> None:
             else:
                 assert ours == theirs
     assert sorted(expected.shard[:2]) == sorted(expected.shard[2:]) == [0, 1]  # one response for each critic
+
+
+def test_shards_are_the_same_on_every_use() -> None:
+    first, again = (
+        a_feed(Wire().rank(0), ScriptedIntake([replace(held, uses=uses) for held in GROUPS])).take(2 + uses)
+        for uses in range(2)
+    )
+    assert first is not None
+    assert again is not None
+    assert (first.uses.tolist(), again.uses.tolist()) == ([0, 0], [1, 1])
+    assert first.shard.tolist() == again.shard.tolist()
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_the_intake_is_told_of_the_warm_start(warm_start: bool) -> None:
+    intake = ScriptedIntake(GROUPS)
+    assert a_feed(Wire().rank(0), intake).take(0, warm_start=warm_start) is not None
+    assert intake.warm_start == warm_start
 
 
 def test_every_rank_learns_of_a_stop() -> None:
@@ -122,9 +145,13 @@ def test_versions_that_a_server_still_serves_are_wanted(served: int | None, want
 
 def test_only_the_first_rank_talks_with_servers() -> None:
     intake = ScriptedIntake()
-    a_feed(Wire().rank(0), intake).announce(weights_of(4))
-    assert intake.announced == [4]
+    first = a_feed(Wire().rank(0), intake)
+    first.announce(weights_of(4))
+    first.limit_staleness(1)
+    assert (intake.announced, intake.limits) == ([4], [1])
     other = a_feed(Wire().rank(1))
     with pytest.raises(AssertionError, match="only rank 0 has the intake"):
         other.announce(weights_of(4))
+    with pytest.raises(AssertionError, match="only rank 0 has the intake"):
+        other.limit_staleness(1)
     assert other.ledger_state().consumed == 0

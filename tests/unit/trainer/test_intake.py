@@ -47,6 +47,7 @@ from tests.stream_maker import (
     some_prompts,
     weights_of,
 )
+from trainer.stream import dynamic_sampling
 from trainer.stream.buffer import BufferedGroup
 from trainer.stream.intake import Counts, Identity, Intake
 from trainer.stream.ledger import LedgerState
@@ -252,7 +253,7 @@ def test_a_server_that_fits_is_welcome_and_is_told_the_newest_weights(build: Bui
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"protocol": PROTOCOL + 1}, r"protocol: the trainer has 1, the rollout server 2; install one version"),
+        ({"protocol": PROTOCOL + 1}, r"protocol: the trainer has 2, the rollout server 3; install one version"),
         ({"model": "other"}, r"model: the trainer has model, the rollout server other; its config\.json differs"),
         ({"tokenizer": "other"}, r"tokenizer: .*its tokenizer\.json differs"),
         ({"agreement": "other"}, r"sampling and reward settings: .*one config file"),
@@ -607,7 +608,195 @@ def test_a_group_that_became_too_stale_is_dropped_and_its_prompt_leased_again(bu
     (held,) = taking.result(LONG)
     assert (held.lease, held.oldest_version) == (again.lease, 1)
     assert house.counts().dropped == {"too stale": 1}
-    assert [event["reason"] for event in house.events("dropped")] == ["too stale"]
+    (event,) = house.events("dropped")
+    assert (event["reason"], event["length_mean"], event["reward_mean"]) == ("too stale", 2.0, 0.5)
+
+
+def test_what_was_dropped_without_a_group_has_no_length(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server().join()
+    alice.say(Failed(lease=alice.leases(1)[0].lease, reason="no"))
+    house.waits_for(lambda counts: counts.dropped == {"not completed": 1})
+    assert "length_mean" not in house.events("dropped")[0]
+
+
+# --- replay ----------------------------------------------------------------------------------------------------------
+
+
+def test_with_replay_a_batch_is_drawn_again_at_the_next_version_and_prompts_are_leased_as_groups_leave(
+    build: Build,
+) -> None:
+    house = build(batch=2, max_staleness=1, algorithm={"utd": 2, "reuse": "replay"})
+    house.announce(0)
+    alice = house.server(capacity=9).join()
+    leases = alice.leases(2)  # two uses each: 4 uses are 2 batches
+    alice.answer(*leases)
+    first = house.take(0)
+    house.announce(1)
+    alice.say(swapped(1))
+    assert not [message for message in alice.hear_all() if isinstance(message, Lease)]
+    again = house.take(1)
+    assert [(held.lease, held.uses) for held in first] == [(lease.lease, 0) for lease in leases]
+    assert [(held.lease, held.uses) for held in again] == [(lease.lease, 1) for lease in leases]
+    assert len(alice.leases(2)) == 2
+    counts = house.counts()
+    assert (counts.admitted, counts.in_flight, counts.buffered, counts.consumed) == (4, 2, 0, 2)
+    assert (counts.used, counts.lapsed, counts.dropped) == (4, 0, {})
+
+
+def test_uses_that_the_bound_forbids_lapse_with_the_batch_and_a_new_prompt_is_leased(build: Build) -> None:
+    house = build(batch=1, max_staleness=0, algorithm={"utd": 3, "reuse": "replay"})
+    house.announce(0)
+    alice = house.server().join()
+    alice.answer(*alice.leases(1))
+    house.take(0)
+    counts = house.counts()
+    assert (counts.consumed, counts.buffered, counts.used, counts.lapsed) == (1, 0, 1, 2)
+    house.announce(1)
+    alice.say(swapped(1))
+    alice.leases(1)
+
+
+def test_with_epochs_a_group_leaves_the_stream_with_its_batch(build: Build) -> None:
+    house = build(batch=1, max_staleness=4, algorithm={"utd": 4, "reuse": "epochs"})
+    house.announce(0)
+    alice = house.server().join()
+    alice.answer(*alice.leases(1))
+    house.take(0)
+    counts = house.counts()
+    assert (counts.consumed, counts.buffered, counts.used, counts.lapsed) == (1, 0, 1, 0)
+
+
+def test_a_replaying_run_admits_what_it_needs_and_a_resume_leases_nothing_again_that_was_used(build: Build) -> None:
+    settings: dict[str, Any] = {"steps": 6, "batch": 2, "max_staleness": 3, "algorithm": {"utd": 2, "reuse": "replay"}}
+    used: list[tuple[int, str]] = []
+    state: LedgerState | None = None
+    for first, last in ((0, 3), (3, 6)):
+        house = build(state, prompts=50, **settings)
+        house.announce(first)
+        alice = house.server("alice", capacity=3)
+        alice.answers_everything = True
+        alice.say(alice.hello)
+        in_this_process: list[tuple[int, str]] = []
+        for version in range(first, last):
+            in_this_process += [(held.epoch, held.prompt.prompt_id) for held in house.take(version)]
+            house.announce(version + 1)
+        assert not set(in_this_process) & set(used)
+        assert all(in_this_process.count(group) <= 2 for group in in_this_process)
+        used += in_this_process
+        state = house.intake.state()
+        house.close()
+    assert state is not None
+    assert (state.used, state.consumed) == (12, len(set(used)))
+    assert state.unconsumed == []
+
+
+# --- the warm start --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", [{}, {"utd": 2, "reuse": "replay"}], ids=["epochs", "replay"])
+def test_the_warm_start_takes_as_many_batches_of_new_groups_at_version_0_as_it_likes(
+    build: Build, algorithm: dict[str, Any]
+) -> None:
+    house = build(steps=1, batch=2, max_staleness=1, prompts=50, algorithm=algorithm)
+    house.announce(0)
+    alice = house.server(capacity=9)
+    alice.answers_everything = True
+    alice.say(alice.hello)
+    taken: list[BufferedGroup] = []
+    for _ in range(5):
+        taken += house.intake.take(0, house.ending.is_set, warm_start=True) or []
+    taken += house.take(0)
+    assert len({held.lease for held in taken}) == 12
+    time.sleep(QUIET)
+    counts = house.counts()
+    assert (counts.admitted, counts.consumed + counts.buffered, counts.used) == (12, 12, 12)
+    assert (counts.in_flight, counts.dropped, counts.lapsed) == (0, {}, 0)
+
+
+# --- the brake -------------------------------------------------------------------------------------------------------
+
+
+def test_the_brake_lowers_and_restores_the_bound_of_admission(build: Build) -> None:
+    house = build(batch=2, max_staleness=1)
+    house.intake.limit_staleness(0)
+    house.announce(0)
+    alice = house.server(capacity=9).join()
+    alice.leases(2)
+    assert not [message for message in alice.hear_all() if isinstance(message, Lease)]
+    house.intake.limit_staleness(1)
+    alice.leases(2)
+    assert alice.hear_all() == []
+    with pytest.raises(ValueError, match="from 0 to stream"):
+        house.intake.limit_staleness(2)
+
+
+def test_the_brake_drops_nothing_that_was_leased_before(build: Build) -> None:
+    house = build(batch=2, max_staleness=1)
+    house.announce(0)
+    alice = house.server(capacity=9).join()
+    leases = alice.leases(4)
+    house.intake.limit_staleness(0)
+    alice.answer(*leases)
+    house.take(0)
+    house.announce(1)
+    assert [held.oldest_version for held in house.take(1)] == [0, 0]
+    assert house.counts().dropped == {}
+
+
+# --- dynamic sampling ------------------------------------------------------------------------------------------------
+
+
+def without_signal(lease: Lease, **changes: Any) -> Group:
+    group = a_group_of_version(0, lease.lease)
+    return msgspec.structs.replace(group, rewards=np.full(2, 0.25, np.float32), **changes)
+
+
+def test_a_group_without_signal_is_dropped_and_another_prompt_takes_its_place(build: Build) -> None:
+    house = build(steps=1, batch=2, max_staleness=0, stream={"drop_equal_rewards": True})
+    house.announce(0)
+    alice = house.server().join()
+    first, second = alice.leases(2)
+    alice.say(without_signal(first))
+    assert alice.hear(Ack).lease == first.lease
+    (third,) = alice.leases(1)
+    assert names([first, second, third]) == ["p0", "p1", "p2"]
+    alice.answer(second, third)
+    assert [held.lease for held in house.take(0)] == [second.lease, third.lease]
+    counts = house.counts()
+    assert (counts.admitted, counts.consumed, counts.dropped) == (3, 2, {"no signal": 1})
+    (event,) = house.events("dropped")
+    assert (event["reason"], event["length_mean"], event["reward_mean"]) == ("no signal", 2.0, 0.25)
+    assert house.intake.state().unconsumed == []
+
+
+@pytest.mark.parametrize("keeps", ["not asked for", "process rewards"])
+def test_a_group_of_equal_rewards_is_kept_where_that_is(build: Build, keeps: str) -> None:
+    house = build(batch=1, max_staleness=0, stream={"drop_equal_rewards": keeps != "not asked for"})
+    house.announce(0)
+    alice = house.server().join()
+    (lease,) = alice.leases(1)
+    dense = {"step_rewards": np.array([0, 1, 0, 0], np.float32)} if keeps == "process rewards" else {}
+    alice.say(without_signal(lease, **dense))
+    assert [held.lease for held in house.take(0)] == [lease.lease]
+
+
+def test_a_run_without_any_signal_ends_and_says_so(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_sampling, "_BATCHES_WITHOUT_SIGNAL", 2)
+    house = build(batch=2, max_staleness=1, stream={"drop_equal_rewards": True})
+    house.announce(0)
+    alice = house.server(capacity=1).join()
+    for _ in range(3):
+        alice.say(without_signal(alice.leases(1)[0]))
+    alice.say(a_group_of_version(0, alice.leases(1)[0].lease))  # has signal: it starts again
+    for _ in range(3):
+        alice.say(without_signal(alice.leases(1)[0]))
+    assert house.waits_for(lambda counts: counts.dropped == {"no signal": 6})
+    taking = house.taking(0)
+    alice.say(without_signal(alice.leases(1)[0]))
+    with pytest.raises(StallError, match=r"the last 4 groups had one reward each, 0\.25 .*drop_equal_rewards"):
+        taking.result(LONG)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -757,6 +946,7 @@ def test_a_failure_in_the_thread_is_raised_by_every_method_of_the_learner(
         house.counts,
         house.intake.state,
         house.intake.oldest_served_version,
+        lambda: house.intake.limit_staleness(0),
     ):
         with pytest.raises(RuntimeError, match="the socket is gone"):
             call()

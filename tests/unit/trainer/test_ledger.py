@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 import pytest
 from hypothesis import settings
@@ -10,15 +12,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from asyncppo.errors import ConservationError
 from tests.stream_maker import some_prompts
-from trainer.stream.ledger import NOT_COMPLETED, Ledger, LedgerState
+from trainer.stream.ledger import NO_SIGNAL, NOT_COMPLETED, Ledger, LedgerState
 
 pytestmark = pytest.mark.unit
 
 BOUND = 2
 
 
-def a_ledger(prompts: int = 5) -> Ledger:
-    return Ledger(some_prompts(prompts), BOUND)
+def a_ledger(prompts: int = 5, utd: int = 1) -> Ledger:
+    return Ledger(some_prompts(prompts), BOUND, utd)
 
 
 def counts(ledger: Ledger) -> tuple[int, int, int, int, int]:
@@ -37,11 +39,56 @@ def test_the_life_of_a_lease() -> None:
     assert counts(ledger) == (2, 2, 0, 0, 0)
     ledger.receive(first, 0)
     assert counts(ledger) == (2, 1, 1, 0, 0)
-    ledger.consume([first])
+    ledger.use(first)
     assert counts(ledger) == (2, 1, 0, 1, 0)
     ledger.drop(second, "server left")
     assert counts(ledger) == (2, 0, 0, 1, 1)
     assert ledger.unconsumed == 0
+
+
+def test_the_life_of_a_lease_with_replay() -> None:
+    ledger = a_ledger(utd=3)
+    first, second = lease(ledger), lease(ledger, version=1)
+    ledger.receive(first, 0)
+    ledger.receive(second, 1)
+    assert ledger.use(first)
+    assert counts(ledger) == (2, 0, 2, 0, 0)
+    assert (ledger.due, ledger.reusable) == ({1 + BOUND: 1}, {(BOUND, 2): 1})
+    assert ledger.use(first)
+    assert ledger.use(second)
+    assert (ledger.due, ledger.reusable) == ({}, {(BOUND, 1): 1, (1 + BOUND, 2): 1})
+    assert not ledger.use(first)  # the third and last
+    assert counts(ledger) == (2, 0, 1, 1, 0)
+    ledger.lapse(second)
+    assert counts(ledger) == (2, 0, 0, 2, 0)
+    assert (ledger.used, ledger.lapsed, ledger.reusable) == (4, 2, {})
+
+
+def test_a_group_whose_last_use_was_said_to_be_the_last_is_consumed_and_nothing_lapses() -> None:
+    ledger = a_ledger(utd=3)
+    first = lease(ledger)
+    ledger.receive(first, 0)
+    assert not ledger.use(first, last=True)
+    assert counts(ledger) == (1, 0, 0, 1, 0)
+    assert (ledger.used, ledger.lapsed) == (1, 0)
+
+
+def test_a_group_that_was_used_is_never_dropped() -> None:
+    ledger = a_ledger(utd=2)
+    first = lease(ledger)
+    ledger.receive(first, 0)
+    ledger.use(first)
+    with pytest.raises(AssertionError, match="was used 1 times: it lapses"):
+        ledger.drop(first, "too stale")
+
+
+def test_a_prompt_without_signal_is_dropped_and_never_leased_again() -> None:
+    ledger = a_ledger(prompts=3)
+    ledger.drop(lease(ledger), NO_SIGNAL)
+    assert counts(ledger) == (1, 0, 0, 0, 1)
+    assert ledger.dropped == {"no signal": 1}
+    assert ledger.state().unconsumed == []
+    assert [ledger.lease(b"alice", 0, now=0.0).position for _ in range(2)] == [1, 2]
 
 
 def test_a_lease_is_due_by_its_servers_version_and_then_by_its_own_tokens() -> None:
@@ -50,7 +97,7 @@ def test_a_lease_is_due_by_its_servers_version_and_then_by_its_own_tokens() -> N
     assert ledger.due == {3 + BOUND: 2}
     ledger.receive(first, 4)  # the server had swapped before it began
     assert ledger.due == {3 + BOUND: 1, 4 + BOUND: 1}
-    ledger.consume([first])
+    ledger.use(first)
     ledger.drop(second, "failed")
     assert ledger.due == {}
 
@@ -93,10 +140,17 @@ def test_counts_that_do_not_add_up_are_a_conservation_error(count: str) -> None:
         ledger.check()
 
 
-def test_due_versions_that_do_not_match_the_leases_are_a_conservation_error() -> None:
-    ledger = a_ledger()
-    lease(ledger)
-    ledger.due[9] += 1
+@pytest.mark.parametrize("wrong", ["due", "reusable"])
+def test_due_versions_that_do_not_match_the_leases_are_a_conservation_error(wrong: str) -> None:
+    ledger = a_ledger(utd=2)
+    for _ in range(2):
+        ledger.receive(lease(ledger), 0)
+    ledger.use(next(iter(ledger.records)))
+    ledger.check()
+    if wrong == "due":
+        ledger.due[9] += 1
+    else:
+        ledger.reusable[9, 1] += 1
     with pytest.raises(ConservationError):
         ledger.check()
 
@@ -109,7 +163,7 @@ def a_ledger_in_the_middle() -> Ledger:
     ledger = a_ledger()
     first, second, _, fourth = (lease(ledger) for _ in range(4))
     ledger.receive(first, 0)
-    ledger.consume([first])
+    ledger.use(first)
     ledger.drop(second, "failed")
     ledger.receive(fourth, 0)
     return ledger
@@ -117,7 +171,7 @@ def a_ledger_in_the_middle() -> Ledger:
 
 def test_a_state_names_what_is_not_consumed() -> None:
     assert a_ledger_in_the_middle().state() == LedgerState(
-        next_position=4, unconsumed=[1, 2, 3], admitted=2, consumed=1, dropped={"failed": 1}
+        next_position=4, unconsumed=[1, 2, 3], admitted=2, consumed=1, dropped={"failed": 1}, used=1
     )
 
 
@@ -131,16 +185,39 @@ def test_a_restored_ledger_leases_what_was_not_consumed_first_and_adds_up() -> N
     assert counts(ledger) == (7, 5, 0, 1, 1)
 
 
+def test_a_group_that_was_used_is_not_leased_again_after_a_resume_and_its_other_uses_lapse() -> None:
+    ledger = a_ledger(utd=3)
+    first, second = lease(ledger), lease(ledger)
+    ledger.receive(first, 0)
+    ledger.receive(second, 0)
+    ledger.use(first)
+    state = ledger.state()
+    assert state == LedgerState(next_position=2, unconsumed=[1], admitted=1, consumed=1, dropped={}, used=1, lapsed=2)
+    ledger = a_ledger(utd=3)
+    ledger.restore(state)
+    assert counts(ledger) == (1, 0, 0, 1, 0)
+    assert (ledger.used, ledger.lapsed) == (1, 2)
+    assert [ledger.lease(b"alice", 0, now=0.0).prompt.prompt_id for _ in range(2)] == ["p1", "p2"]
+
+
 class RunWithResumes(RuleBasedStateMachine):
-    """Any order of leases, arrivals, batches, drops and restarts: each (epoch, prompt) is consumed exactly once."""
+    """Any order of leases, arrivals, batches, drops and restarts: each (epoch, prompt) is consumed exactly once, after
+    three uses at most, and every use that it could have had was made, lapsed or is left to it."""
+
+    UTD = 3
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = a_ledger(prompts=4)
-        self.consumed: list[tuple[int, str]] = []
+        self.ledger = a_ledger(4, self.UTD)
+        self.uses: Counter[tuple[int, str]] = Counter()
+        self.forgone = 0
+        """Uses that a group had left when it was used for the last time on purpose."""
 
     def arrived(self, wanted: bool) -> list[int]:
         return [record.lease for record in self.ledger.records.values() if record.buffered == wanted]
+
+    def which(self, used: bool) -> list[int]:
+        return [record.lease for record in self.ledger.records.values() if (record.uses > 0) == used]
 
     @rule(version=st.integers(0, 4))
     def lease(self, version: int) -> None:
@@ -152,21 +229,29 @@ class RunWithResumes(RuleBasedStateMachine):
         self.ledger.receive(data.draw(st.sampled_from(self.arrived(False))), version)
 
     @precondition(lambda self: self.arrived(True))
-    @rule(data=st.data())
-    def consume(self, data: st.DataObject) -> None:
-        leases = data.draw(st.lists(st.sampled_from(self.arrived(True)), unique=True, min_size=1))
-        self.consumed += [(self.ledger.records[n].epoch, self.ledger.records[n].prompt.prompt_id) for n in leases]
-        self.ledger.consume(leases)
+    @rule(data=st.data(), last=st.booleans())
+    def use(self, data: st.DataObject, last: bool) -> None:
+        record = self.ledger.records[data.draw(st.sampled_from(self.arrived(True)))]
+        uses = record.uses + 1
+        stays = self.ledger.use(record.lease, last=last)
+        assert stays == (uses < self.UTD and not last) == (record.lease in self.ledger.records)
+        self.uses[record.epoch, record.prompt.prompt_id] += 1
+        self.forgone += 0 if stays else self.UTD - uses
 
-    @precondition(lambda self: self.ledger.records)
+    @precondition(lambda self: self.which(used=True))
+    @rule(data=st.data())
+    def lapse(self, data: st.DataObject) -> None:
+        self.ledger.lapse(data.draw(st.sampled_from(self.which(used=True))))
+
+    @precondition(lambda self: self.which(used=False))
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
-        self.ledger.drop(data.draw(st.sampled_from(list(self.ledger.records))), "somehow")
+        self.ledger.drop(data.draw(st.sampled_from(self.which(used=False))), "somehow")
 
     @rule()
     def resume(self) -> None:
         state = self.ledger.state()
-        self.ledger = a_ledger(prompts=4)
+        self.ledger = a_ledger(4, self.UTD)
         self.ledger.restore(state)
         assert self.ledger.state() == state
 
@@ -180,8 +265,16 @@ class RunWithResumes(RuleBasedStateMachine):
         sequence = self.ledger.prompts.after(0)
         before = [next(sequence) for _ in range(state.next_position)]
         left = [before[position] for position in state.unconsumed]
-        names = sorted([*self.consumed, *((epoch, prompt.prompt_id) for epoch, prompt in left)])
+        names = sorted([*self.uses, *((epoch, prompt.prompt_id) for epoch, prompt in left)])
         assert names == sorted((epoch, prompt.prompt_id) for epoch, prompt in before)
+        assert state.consumed == len(self.uses)
+
+    @invariant()
+    def every_use_is_counted(self) -> None:
+        state = self.ledger.state()
+        assert state.used == self.ledger.used == self.uses.total()
+        assert all(uses <= self.UTD for uses in self.uses.values())
+        assert state.used + state.lapsed + self.forgone == self.UTD * len(self.uses)
 
 
 TestRunWithResumes = RunWithResumes.TestCase

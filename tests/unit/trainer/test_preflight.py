@@ -124,6 +124,30 @@ def test_a_critic_with_too_few_embeddings_is_refused(config: Callable[..., Confi
     assert refusal(config(f"critic.path={other}"), ModelError) == f"{other}: has 300 embeddings for 343 tokens"
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_every_critics_own_checkpoint_is_looked_at(config: Callable[..., Config], tmp_path: Path, index: int) -> None:
+    each = ["{}", "{}"]
+    each[index] = f"{{path: {tmp_path}/nothing}}"
+    message = refusal(config(f"critic.each=[{', '.join(each)}]"), ModelError)
+    assert message == f"{tmp_path}/nothing: there is no such model directory"
+
+
+def test_a_reference_is_looked_at_where_it_is_used(config: Callable[..., Config], tmp_path: Path) -> None:
+    named = f"algorithm.reference={tmp_path}/nothing"
+    assert refusal(config(named, "algorithm.kl_coef=0.1"), ModelError).startswith(f"{tmp_path}/nothing: there is no")
+    preflight.check(config(named))
+
+
+def test_a_reference_with_another_tokenizer_is_refused(config: Callable[..., Config], tmp_path: Path) -> None:
+    other = shutil.copytree(a_model(), tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = refusal(config(f"algorithm.reference={other}", "algorithm.kl_coef=0.1"), ModelError)
+    assert message.startswith(f"{other}: the reference's tokenizer differs from that of the actor {a_model()}")
+
+
 def test_another_critic_with_the_same_tokens_is_accepted_and_without_critics_nobody_looks(
     config: Callable[..., Config], tmp_path: Path
 ) -> None:

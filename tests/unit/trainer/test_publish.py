@@ -14,8 +14,9 @@ from asyncppo.fingerprints import model_fingerprint, tokenizer_fingerprint
 from asyncppo.weights import verify
 from tests.model_maker import a_config, a_model, a_world, largest_difference, make_model, weights_of
 from trainer import publish
+from trainer.model.export import _TOKENIZER_FILES, export
 from trainer.model.policy import Policy
-from trainer.publish import Publisher, export
+from trainer.publish import Publisher
 
 pytestmark = pytest.mark.unit
 
@@ -32,7 +33,7 @@ def a_policy(config: Config) -> Policy:
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_export_loads_in_transformers_with_the_same_weights_and_logits(tmp_path: Path, tied: bool) -> None:
     policy = a_policy(a_config(tmp_path, model=make_model(tmp_path / "model", tied=tied)))
-    export(policy, policy.weights(), tmp_path / "out", tmp_path / "model")
+    export(policy.network.hf, policy.weights(), tmp_path / "out", tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert largest_difference(weights_of(loaded), policy.weights()) == 0
     tokens = torch.arange(10, 25)[None]
@@ -46,7 +47,7 @@ def test_an_export_loads_in_transformers_with_the_same_weights_and_logits(tmp_pa
 def test_tied_embeddings_are_written_once(tmp_path: Path, tied: bool, heads: int) -> None:
     model = make_model(tmp_path / "model", tied=tied)
     policy = a_policy(a_config(tmp_path, model=model))
-    export(policy, policy.weights(), tmp_path / "out", model)
+    export(policy.network.hf, policy.weights(), tmp_path / "out", model)
 
     def names(directory: Path) -> set[str]:
         with safe_open(directory / "model.safetensors", "pt") as file:
@@ -58,7 +59,7 @@ def test_tied_embeddings_are_written_once(tmp_path: Path, tied: bool, heads: int
 
 def test_a_bfloat16_actor_is_exported_in_bfloat16(tmp_path: Path) -> None:
     policy = Policy(a_config(tmp_path, "actor.dtype=bfloat16"), a_world())
-    export(policy, policy.weights(), tmp_path / "out", a_model())
+    export(policy.network.hf, policy.weights(), tmp_path / "out", a_model())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
@@ -66,8 +67,8 @@ def test_a_bfloat16_actor_is_exported_in_bfloat16(tmp_path: Path) -> None:
 
 def test_the_tokenizers_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     policy = Policy(a_config(tmp_path), a_world())
-    export(policy, policy.weights(), tmp_path / "out", a_model())
-    copied = sorted(path.name for path in (tmp_path / "out").iterdir() if path.name in publish._TOKENIZER_FILES)
+    export(policy.network.hf, policy.weights(), tmp_path / "out", a_model())
+    copied = sorted(path.name for path in (tmp_path / "out").iterdir() if path.name in _TOKENIZER_FILES)
     assert copied == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     for name in copied:
         assert (tmp_path / "out" / name).read_bytes() == (a_model() / name).read_bytes()
@@ -76,7 +77,7 @@ def test_the_tokenizers_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
 
 def test_an_export_is_the_same_model_to_a_rollout_server_and_keeps_nothing_of_training(tmp_path: Path) -> None:
     policy = Policy(a_config(tmp_path), a_world())
-    export(policy, policy.weights(), tmp_path / "out", a_model())
+    export(policy.network.hf, policy.weights(), tmp_path / "out", a_model())
     assert model_fingerprint(str(tmp_path / "out")) == model_fingerprint(str(a_model()))
     assert tokenizer_fingerprint(str(tmp_path / "out")) == tokenizer_fingerprint(str(a_model()))
     theirs, ours = (json.loads((path / "config.json").read_text()) for path in (a_model(), tmp_path / "out"))

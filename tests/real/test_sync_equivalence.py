@@ -1,0 +1,253 @@
+"""A whole run at staleness 0 (processes, ZeroMQ, DeepSpeed, a rollout loop) against a loop that shares no code."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from asyncppo import ports, samples
+from asyncppo.transport.zmq import ZmqLink
+from tests.model_maker import largest_difference, make_model, weights_of
+from tests.real import reference_loop
+from tests.real.reference_loop import Numbers, train
+from tests.real.run_tools import Programs
+from tests.real.test_plain_twin import configure, plain_module
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+
+ONE_PASS = Numbers(
+    seed=18,
+    steps=5,
+    prompts_per_batch=4,
+    group_size=4,
+    max_response_tokens=12,
+    utd=1,
+    lam=1.0,
+    mask_fraction=0.2,
+    entropy_filter=0.2,
+    entropy_coef=0.01,
+    token_mean=False,
+    minibatches=(1, 1),
+    rates=(1e-4, 3e-4),
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+)
+"""The paper's algorithm as it is, in small."""
+
+TWO_PASSES = replace(
+    ONE_PASS,
+    seed=11,
+    utd=2,
+    lam=0.9,
+    token_mean=True,
+    minibatches=(2, 3),
+    group_size=5,  # shards of unequal size
+    rates=(3e-4, 3e-4),
+    clip=0.05,
+    max_grad_norm=0.2,
+)
+"""More of it: ratios leave the clip (a fifth to a half of the tokens), minibatches, another aggregation."""
+
+CASES = {"UTD 1": ONE_PASS, "UTD 2": TWO_PASSES}
+
+LIMIT = 1e-5
+"""Largest difference of any weight after 5 steps: rounding, as Adam enlarges it where a gradient is almost 0."""
+
+
+def settings(n: Numbers) -> dict[str, Any]:
+    """The same numbers as overrides of the run's config."""
+    return {
+        "run.seed": n.seed,
+        "run.steps": n.steps,
+        "run.inspect_every": 1,
+        "stream.max_staleness": 0,
+        "stream.prompts_per_batch": n.prompts_per_batch,
+        "sampling.group_size": n.group_size,
+        "sampling.max_response_tokens": n.max_response_tokens,
+        "algorithm.utd": n.utd,
+        "algorithm.lam": n.lam,
+        "algorithm.mask_fraction": n.mask_fraction,
+        "algorithm.entropy_filter": n.entropy_filter,
+        "algorithm.entropy_coef": n.entropy_coef,
+        "algorithm.whiten_advantages": "false",
+        "algorithm.loss_aggregation": "token-mean" if n.token_mean else "seq-mean-token-mean",
+        "algorithm.behaviour_cap": n.cap,
+        "algorithm.clip_low": n.clip,
+        "algorithm.clip_high": n.clip,
+        "actor.minibatches": n.minibatches[0],
+        "critic.minibatches": n.minibatches[1],
+        "actor.learning_rate": n.rates[0],
+        "critic.learning_rate": n.rates[1],
+        "actor.weight_decay": n.weight_decay,
+        "actor.max_grad_norm": n.max_grad_norm,
+        "critic.max_grad_norm": n.max_grad_norm,
+        "guard.min_ess": 0,
+        "eval.sets": "{}",
+        "reward.function": "tests.real.letter_share:share",
+    }
+
+
+def grade(text: str) -> float:
+    """As `letter_share` says, in other words."""
+    return len(re.findall("[a-z]", text)) / (len(text) or 1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a real run left behind, and what the reference made of the same numbers."""
+
+    real: Programs
+    ours: list[dict[str, torch.Tensor]]
+    """Weights of the actor and both critics after the real run."""
+    theirs: list[dict[str, torch.Tensor]]
+    """After the reference's."""
+    start: dict[str, torch.Tensor]
+    """Of the actor."""
+    seen: list[dict[str, Any]]
+    """By the reference, at each step."""
+
+
+def real_run(n: Numbers, base: Path, directory: Path) -> Programs:
+    port = ports.free_port()
+    real = Programs(base, directory, port, **settings(n))
+    try:
+        trainer = real.trainer()
+        server = plain_module().rollout(configure(real), lambda: ZmqLink(f"tcp://127.0.0.1:{port}", b"scripted"))
+        assert real.ended(trainer, 150) == 0, real.log("trainer")
+        server.join(timeout=30)
+        assert not server.is_alive()
+    finally:
+        real.end()
+    return real
+
+
+def weights_of_run(real: Programs) -> list[dict[str, torch.Tensor]]:
+    """Of the actor as it is exported, and of the critics as DeepSpeed saved them."""
+    (saved,) = (real.run / "checkpoints").glob("step_*")
+    weights = [load_file(real.run / "actor/model.safetensors")]
+    for critic in range(2):
+        (path,) = (saved / f"critic_{critic}").rglob("mp_rank_00_model_states.pt")
+        module = torch.load(path, weights_only=False)["module"]  # DeepSpeed's file has more than tensors
+        weights.append({name.removeprefix("hf."): tensor for name, tensor in module.items()})
+    return weights
+
+
+def reference(n: Numbers, base: Path) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, Any]]]:
+    networks, seen = train(base / "actor", base / "critic", base / "data/train.jsonl", n, grade)
+    return [weights_of(network) for network in networks], seen
+
+
+def make_small_base(directory: Path) -> Path:
+    """An actor, a critic of another size, and twelve prompts: with four a step the fourth step is of a new epoch."""
+    make_model(directory / "actor", seed=0)
+    make_model(directory / "critic", seed=1, hidden=48)
+    rows = [{"id": f"p{i}", "prompt": f"Compute {i}+{3 * i}.", "answer": str(4 * i)} for i in range(12)]
+    (directory / "data").mkdir()
+    (directory / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def outcome_of(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
+    """The outcome of a case, made once."""
+
+    @functools.cache
+    def outcome(case: str) -> Outcome:
+        real = real_run(CASES[case], base, tmp_path_factory.mktemp("real"))
+        theirs, seen = reference(CASES[case], base)
+        return Outcome(real, weights_of_run(real), theirs, load_file(base / "actor/model.safetensors"), seen)
+
+    return outcome
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_at_staleness_0_makes_the_parameters_of_the_reference_loop(
+    outcome_of: Callable[[str], Outcome], case: str
+) -> None:
+    outcome, n = outcome_of(case), CASES[case]
+    for role, ours, theirs in zip(("actor", "critic 0", "critic 1"), outcome.ours, outcome.theirs, strict=True):
+        assert largest_difference(ours, theirs) < LIMIT, role
+    assert largest_difference(outcome.ours[0], outcome.start) > 3 * n.rates[0], "the actor was hardly trained"
+    assert largest_difference(outcome.ours[1], outcome.ours[2]) > 1e-3, "the critics are one"
+    for seen in outcome.seen:
+        assert np.ptp(seen["rewards"]) > 0.3, "rewards without signal prove nothing"
+        std, tokens = np.sort(seen["std"]), len(seen["std"])
+        for place in (int(n.mask_fraction * tokens), tokens - int(n.entropy_filter * tokens)):
+            assert std[place] - std[place - 1] > 1e-5, "rounding decides what a mask takes: choose another seed"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_run_saw_the_prompts_responses_advantages_and_masks_of_the_reference_loop(
+    outcome_of: Callable[[str], Outcome], case: str
+) -> None:
+    outcome, n = outcome_of(case), CASES[case]
+    rows, files = outcome.real.steps(), samples.files_in(outcome.real.run)
+    for row, file, seen in zip(rows, files, outcome.seen, strict=True):
+        assert row["staleness/max"] == 0
+        assert row["passes"] == n.utd
+        assert row["reward/mean"] == pytest.approx(np.mean(seen["rewards"]), rel=1e-6)
+        assert row["response/tokens"] == sum(map(len, seen["responses"]))
+        assert row["mask/policy"] == pytest.approx(1 - float(seen["keep_policy"].sum()) / row["response/tokens"])
+        sample = samples.read(file)  # one group of the batch, token by token
+        first = seen["prompts"].index(sample.prompt_id) * n.group_size
+        for place, response in enumerate(sample.responses, start=first):
+            ids = seen["responses"][place]
+            assert response.token_ids.tolist() == ids
+            assert response.reward == seen["rewards"][place]
+            assert response.keep_policy.tolist() == seen["keep_policy"][place, : len(ids)].tolist()
+            assert response.keep_entropy.tolist() == seen["keep_entropy"][place, : len(ids)].tolist()
+            np.testing.assert_allclose(response.advantages, seen["advantages"][place, : len(ids)], atol=1e-4)
+    if n.utd > 1:
+        assert min(row["policy/clip_fraction"] for row in rows) > 0.01, "no ratio has left the clip"
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "lambda": {"lam": 1.0},
+    "no policy mask": {"mask_fraction": 0.0},
+    "no entropy filter": {"entropy_filter": 0.0},
+    "no entropy bonus": {"entropy_coef": 0.0},
+    "the other aggregation": {"token_mean": False},
+    "no clip of the ratio": {"clip": 1e9},
+    "no clip of the gradient": {"max_grad_norm": 1e9},
+    "no weight decay": {"weight_decay": 0.0},
+    "one minibatch of the actor": {"minibatches": (1, 3)},
+    "two minibatches of the critics": {"minibatches": (2, 2)},
+    "the other shard": {},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_reference_that_is_wrong_in_one_thing_makes_other_parameters(
+    outcome_of: Callable[[str], Outcome], base: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    # so the comparison above is of all of these
+    if wrong == "the other shard":
+        shards = reference_loop.shards
+        monkeypatch.setattr(reference_loop, "shards", lambda *key: [1 - critic for critic in shards(*key)])
+    weights, _ = reference(replace(TWO_PASSES, **WRONG[wrong]), base)
+    assert largest_difference(weights[0], outcome_of("UTD 2").ours[0]) > 10 * LIMIT
+
+
+def test_the_reference_loop_shares_no_code_with_the_project() -> None:
+    tree = ast.parse(Path(reference_loop.__file__).read_text(encoding="utf-8"))
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    outside = {name.partition(".")[0] for name in found} - sys.stdlib_module_names
+    assert outside == {"numpy", "torch", "transformers"}
