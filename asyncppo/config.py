@@ -157,8 +157,9 @@ class AlgorithmConfig(Section, frozen=True, kw_only=True):
 
     critics: NonNegative = 2
     """M. 0 is GRPO (group-normalised advantages), 1 is PPO, 2 is AsyPPO."""
-    shards: Literal["disjoint", "shared"] = "disjoint"
-    """Which responses of each group a critic learns from: its own part, or all."""
+    shards: Literal["disjoint", "shared", "half"] = "disjoint"
+    """Which responses of each group a critic learns from: its own part, or all; `half` is a control in which all learn
+    from the first critic's part."""
     aggregation: Literal["mean", "min", "confidence"] = "mean"
     """How the critics' values become one; `confidence` weights each by the inverse of its running squared error."""
     gamma: UnitInterval = 1.0
@@ -484,7 +485,7 @@ class Config(Section, frozen=True, kw_only=True):
         Raises:
             ConfigError: one line: which keys, what they say, what would do.
         """
-        if self.algorithm.shards == "disjoint" and self.algorithm.critics > self.sampling.group_size:
+        if self.algorithm.shards != "shared" and self.algorithm.critics > self.sampling.group_size:
             raise ConfigError(
                 f"algorithm.critics is {self.algorithm.critics} but sampling.group_size is only "
                 f"{self.sampling.group_size}: disjoint shards need a response for each critic"
@@ -503,6 +504,11 @@ class Config(Section, frozen=True, kw_only=True):
             )
         if self.algorithm.critics == 0 and self.sampling.group_size == 1:
             raise ConfigError("algorithm.critics is 0 (GRPO) but sampling.group_size is 1: a group needs 2 or more")
+        if self.stream.drop_equal_rewards and self.sampling.group_size == 1:
+            raise ConfigError(
+                "stream.drop_equal_rewards is true and sampling.group_size is 1: the rewards of a group of one are "
+                "always equal, so no group would ever be trained on"
+            )
         if self.critic.each and len(self.critic.each) != self.algorithm.critics:
             raise ConfigError(
                 f"critic.each has {len(self.critic.each)} entries for {self.algorithm.critics} critics: leave it "

@@ -260,7 +260,6 @@ class Learn(Message, frozen=True, kw_only=True):
     sequence_lengths: Int32  # [N], sum L
     response_lengths: Int32  # [N], sum T
     rewards: Float32  # [T]
-    truncated: UInt8  # [N]
     shard: UInt8  # [N], 1 where this critic learns from the response
     group_index: Int32  # [N], which group of the batch the response belongs to
 

@@ -164,7 +164,6 @@ def a_lesson(batch: Batch, returns: Sequence[float] | np.ndarray, shard: Sequenc
         sequence_lengths=batch.sequence_lengths,
         response_lengths=batch.response_lengths,
         rewards=given - after,
-        truncated=batch.truncated,
         shard=np.asarray(shard, dtype=np.uint8),
         group_index=batch.group_index,
     )

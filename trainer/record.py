@@ -59,6 +59,8 @@ class Recorder:
             "stream/buffered": counts.buffered,
             "stream/admitted": counts.admitted,
             "stream/consumed": counts.consumed,
+            "stream/used": counts.used,
+            "stream/lapsed": counts.lapsed,
             "stream/dropped": sum(counts.dropped.values()),
             "stream/malformed": counts.malformed,
             "swap/count": counts.swaps,
@@ -126,6 +128,7 @@ def _batch_metrics(batch: Batch, max_staleness: int) -> dict[str, Any]:
         "staleness/min": int(staleness.min()),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": int(staleness.max()),
+        "uses/mean": float(batch.uses.mean()) + 1.0,
         "staleness/histogram": np.bincount(staleness, minlength=max_staleness + 1).tolist(),
     }
 

@@ -110,11 +110,9 @@ class TargetBuilder:
         settings = self._config.algorithm
         if settings.aggregation != "confidence":
             return None
-        shard = torch.from_numpy(batch.shard).repeat_interleave(_lengths(batch))
-        everything = torch.ones_like(shard, dtype=torch.bool)
-        shared = settings.shards == "shared"
-        learned = [everything if shared else shard == index for index in range(settings.critics)]
-        new = algorithm.critic_errors(values, returns(batch, settings), torch.stack(learned))
+        learned = [torch.from_numpy(batch.learned_by(m, settings.shards)) for m in range(settings.critics)]
+        learned_from = torch.stack(learned).repeat_interleave(_lengths(batch), dim=1)
+        new = algorithm.critic_errors(values, returns(batch, settings), learned_from)
         self._errors = algorithm.running(self._errors, new, _ERROR_DECAY)
         return self._errors
 

@@ -78,7 +78,9 @@ def _keep(directory: Path, critics: Critics) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     critics.export(partial)
-    if directory.exists():  # another run of the same settings was quicker
-        shutil.rmtree(partial)
-    else:
+    try:
         os.replace(partial, directory)
+    except OSError:
+        if not directory.is_dir():
+            raise
+        shutil.rmtree(partial)  # another run of the same settings was quicker

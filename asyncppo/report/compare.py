@@ -132,8 +132,8 @@ def read_run(directory: Path, seed: int) -> Run:
     found = {
         "reward": _mean(rows, "reward/mean"),
         "reward_last": _mean(rows[-third:], "reward/mean"),
-        "ev_first": _median(rows[:half], "value/explained_variance"),
-        "ev_second": _median(rows[half:], "value/explained_variance"),
+        "ev_first": _median(rows[:half], "value/explained_variance_fresh"),
+        "ev_second": _median(rows[half:], "value/explained_variance_fresh"),
         "value_std": _mean(rows, "value/std_mean") if value(rows[-1] if rows else None, "value/correlation") else None,
         "correlation": _mean(rows, "value/correlation"),
         "entropy": _mean(rows[-_EDGE:], "policy/entropy"),

@@ -18,7 +18,7 @@ from asyncppo.report.compare import Method
 _PANELS = (
     ("reward/mean", "Training reward", "mean reward"),
     ("value/std_mean", "Standard deviation over critics", "std"),
-    ("value/explained_variance", "Explained variance", "fraction"),
+    ("value/explained_variance_fresh", "Explained variance", "fraction"),
     ("policy/entropy", "Entropy", "nats"),
 )
 _WINDOW = 16
@@ -35,7 +35,7 @@ def draw(methods: Sequence[Method], path: Path) -> Path:
             for number, method in enumerate(methods):
                 _curve(axes, method, key, colors(number % colors.N))
             axes.set(title=title, xlabel="step", ylabel=unit)
-            if key == "value/explained_variance":
+            if key == "value/explained_variance_fresh":
                 axes.set_ylim(bottom=max(-0.5, axes.get_ylim()[0]))
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)

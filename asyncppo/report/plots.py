@@ -1,4 +1,4 @@
-"""The pictures of a run, written to its `plots/`; the only importer of matplotlib.
+"""The pictures of a run, written to its `plots/`; matplotlib is imported here and in `compare_plots`.
 
 Each small function below fills one axes from the rows of a `Summary`; the files are combinations of them.
 """

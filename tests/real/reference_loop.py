@@ -46,13 +46,12 @@ class Numbers:
 
 
 def train(
-    actor_path: Path, critic_path: Path, data: Path, n: Numbers, grade: Callable[[str], float]
+    actor_path: Path, critic_paths: list[Path], data: Path, n: Numbers, grade: Callable[[str], float]
 ) -> tuple[list[Any], list[dict[str, Any]]]:
     """Networks [actor, critic 0, critic 1] after all steps, and what was seen at each step."""
     networks = [AutoModelForCausalLM.from_pretrained(actor_path, dtype=torch.float32)]
-    for m in range(2):
-        torch.manual_seed(n.seed + 1000 * (m + 1))  # of the new head
-        networks.append(AutoModelForTokenClassification.from_pretrained(critic_path, num_labels=1, dtype=torch.float32))
+    for path in critic_paths:
+        networks.append(AutoModelForTokenClassification.from_pretrained(path, num_labels=1, dtype=torch.float32))
     actor, critics = networks[0], networks[1:]
     optimizers = [
         torch.optim.AdamW(net.parameters(), lr=rate, betas=n.betas, weight_decay=n.weight_decay if net is actor else 0)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from asyncppo import ports, samples
 from asyncppo.transport.zmq import ZmqLink
+from tests.critic_maker import make_critic
 from tests.model_maker import largest_difference, make_model, weights_of
 from tests.real import reference_loop
 from tests.real.reference_loop import Numbers, train
@@ -28,7 +29,7 @@ from tests.real.test_plain_twin import configure, plain_module
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
 ONE_PASS = Numbers(
-    seed=18,
+    seed=13,
     steps=5,
     prompts_per_batch=4,
     group_size=4,
@@ -48,7 +49,7 @@ ONE_PASS = Numbers(
 
 TWO_PASSES = replace(
     ONE_PASS,
-    seed=11,
+    seed=18,
     utd=2,
     lam=0.9,
     token_mean=True,
@@ -113,15 +114,16 @@ class Outcome:
     """Weights of the actor and both critics after the real run."""
     theirs: list[dict[str, torch.Tensor]]
     """After the reference's."""
-    start: dict[str, torch.Tensor]
-    """Of the actor."""
+    starts: list[dict[str, torch.Tensor]]
+    """Before."""
     seen: list[dict[str, Any]]
     """By the reference, at each step."""
 
 
 def real_run(n: Numbers, base: Path, directory: Path) -> Programs:
     port = ports.free_port()
-    real = Programs(base, directory, port, **settings(n))
+    each = json.dumps([{"path": str(path)} for path in critics_of(base)])
+    real = Programs(base, directory, port, **settings(n), **{"critic.each": each, "critic.path": base / "actor"})
     try:
         trainer = real.trainer()
         server = plain_module().rollout(configure(real), lambda: ZmqLink(f"tcp://127.0.0.1:{port}", b"scripted"))
@@ -145,14 +147,19 @@ def weights_of_run(real: Programs) -> list[dict[str, torch.Tensor]]:
 
 
 def reference(n: Numbers, base: Path) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, Any]]]:
-    networks, seen = train(base / "actor", base / "critic", base / "data/train.jsonl", n, grade)
+    networks, seen = train(base / "actor", critics_of(base), base / "data/train.jsonl", n, grade)
     return [weights_of(network) for network in networks], seen
 
 
+def critics_of(base: Path) -> list[Path]:
+    return [base / "critic_0", base / "critic_1"]
+
+
 def make_small_base(directory: Path) -> Path:
-    """An actor, a critic of another size, and twelve prompts: with four a step the fourth step is of a new epoch."""
+    """An actor, two critics of other sizes, and twelve prompts: with four a step the fourth step is of a new epoch."""
     make_model(directory / "actor", seed=0)
-    make_model(directory / "critic", seed=1, hidden=48)
+    for index, path in enumerate(critics_of(directory)):
+        make_critic(path, seed=1 + index, hidden=(48, 40)[index])
     rows = [{"id": f"p{i}", "prompt": f"Compute {i}+{3 * i}.", "answer": str(4 * i)} for i in range(12)]
     (directory / "data").mkdir()
     (directory / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -172,7 +179,8 @@ def outcome_of(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     def outcome(case: str) -> Outcome:
         real = real_run(CASES[case], base, tmp_path_factory.mktemp("real"))
         theirs, seen = reference(CASES[case], base)
-        return Outcome(real, weights_of_run(real), theirs, load_file(base / "actor/model.safetensors"), seen)
+        starts = [load_file(path / "model.safetensors") for path in (base / "actor", *critics_of(base))]
+        return Outcome(real, weights_of_run(real), theirs, starts, seen)
 
     return outcome
 
@@ -182,10 +190,10 @@ def test_a_run_at_staleness_0_makes_the_parameters_of_the_reference_loop(
     outcome_of: Callable[[str], Outcome], case: str
 ) -> None:
     outcome, n = outcome_of(case), CASES[case]
-    for role, ours, theirs in zip(("actor", "critic 0", "critic 1"), outcome.ours, outcome.theirs, strict=True):
+    roles = zip(("actor", "critic 0", "critic 1"), outcome.ours, outcome.theirs, outcome.starts, strict=True)
+    for role, ours, theirs, start in roles:
         assert largest_difference(ours, theirs) < LIMIT, role
-    assert largest_difference(outcome.ours[0], outcome.start) > 3 * n.rates[0], "the actor was hardly trained"
-    assert largest_difference(outcome.ours[1], outcome.ours[2]) > 1e-3, "the critics are one"
+        assert largest_difference(ours, start) > 3 * min(n.rates), f"the {role} was hardly trained"
     for seen in outcome.seen:
         assert np.ptp(seen["rewards"]) > 0.3, "rewards without signal prove nothing"
         std, tokens = np.sort(seen["std"]), len(seen["std"])
@@ -210,7 +218,7 @@ def test_the_run_saw_the_prompts_responses_advantages_and_masks_of_the_reference
         for place, response in enumerate(sample.responses, start=first):
             ids = seen["responses"][place]
             assert response.token_ids.tolist() == ids
-            assert response.reward == seen["rewards"][place]
+            assert response.reward == pytest.approx(seen["rewards"][place], rel=1e-6)
             assert response.keep_policy.tolist() == seen["keep_policy"][place, : len(ids)].tolist()
             assert response.keep_entropy.tolist() == seen["keep_entropy"][place, : len(ids)].tolist()
             np.testing.assert_allclose(response.advantages, seen["advantages"][place, : len(ids)], atol=1e-4)

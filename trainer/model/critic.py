@@ -245,7 +245,7 @@ def _next(channel: Channel | None, should_stop: Callable[[], bool]) -> Any:
     return Stop(reason="")
 
 
-_LEARN_ARRAYS = ("input_ids", "sequence_lengths", "response_lengths", "rewards", "truncated", "shard", "group_index")
+_LEARN_ARRAYS = ("input_ids", "sequence_lengths", "response_lengths", "rewards", "shard", "group_index")
 _WITH_DIRECTORY = {kind.__name__: kind for kind in (SaveCritic, LoadCritic, ExportCritic, StartCritic)}
 
 

@@ -75,7 +75,7 @@ class Critics:
         settings = self._config.algorithm
         usable = np.ones(len(batch.rewards), dtype=bool) if settings.truncated == "zero" else batch.truncated == 0
         for index, channel in enumerate(self._channels):
-            own = usable if settings.shards == "shared" else usable & (batch.shard == index)
+            own = usable & batch.learned_by(index, settings.shards)
             channel.send(
                 Learn(
                     step=step,
@@ -83,7 +83,6 @@ class Critics:
                     sequence_lengths=batch.sequence_lengths,
                     response_lengths=batch.response_lengths,
                     rewards=rewards.numpy(),
-                    truncated=batch.truncated,
                     shard=own.astype(np.uint8),
                     group_index=batch.group_index,
                 )

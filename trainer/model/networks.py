@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +252,15 @@ class ValueNet(nn.Module):
         with _LOADING:
             torch.manual_seed(seed)  # the new head is drawn from it: critics must not start equal
             self.hf, drawn = _load(AutoModelForTokenClassification, path, model, config)
+            self._draw_small(name for name in drawn if not name.startswith(f"{self.hf.base_model_prefix}."))
         _refuse_random(path, [name for name in drawn if name.startswith(f"{self.hf.base_model_prefix}.")])
+
+    @torch.no_grad()
+    def _draw_small(self, head: Iterable[str]) -> None:
+        """A new head with values near 0. One of a model's usual spread starts far off, and may stay there."""
+        for parameter in (self.hf.get_parameter(name) for name in head):
+            if parameter.ndim > 1:  # transformers begins a bias with 0
+                parameter.normal_(std=1 / (parameter.shape[1] + 1))
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """Values, [t] float32."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from asyncppo.messages import Float32, Group, Int32, UInt8
 from trainer.stream.buffer import BufferedGroup
@@ -37,6 +38,11 @@ class Batch:
     uses: Int32  # [B] how often each group was in a batch before
     prompt_ids: tuple[str, ...]  # B
     epochs: tuple[int, ...]  # B
+
+    def learned_by(self, critic: int, shards: str) -> NDArray[np.bool_]:
+        """[N]: whether a critic learns from each response (`algorithm.shards`)."""
+        part = {"disjoint": critic, "half": 0}.get(shards)
+        return np.ones(len(self.shard), dtype=np.bool_) if part is None else self.shard == part
 
     @property
     def staleness(self) -> Int32:

@@ -54,7 +54,8 @@ def make_model(job: Job, report: Report) -> dict[str, Any]:
         torch.manual_seed(job.seed)
         model = build_model(job.recipe.shape, tokenizer)
         pretrain(model, tokenizer, task, job.recipe, job.seed, lambda step, loss: report(step, f"loss {loss:.3f}"))
-        texts = list(islice(task.texts[job.recipe.stages[0].text](job.seed), 1024))
+        first = job.recipe.stages[0]
+        texts = list(islice(task.texts[first.text](job.seed), min(1024, first.steps * job.recipe.batch)))
         pin_padding(model, len(tokenizer), encode_documents(tokenizer, texts))
         trained = time.process_time()
         model.save_pretrained(job.directory)

@@ -89,7 +89,6 @@ EXAMPLES: list[Message] = [
         sequence_lengths=ints(4),
         response_lengths=ints(2),
         rewards=STRANGE,
-        truncated=flags(1),
         shard=flags(0),
         group_index=ints(0),
     ),

@@ -86,7 +86,6 @@ def test_values_are_in_the_order_of_the_batch_whatever_the_micro_batches(tmp_pat
             sequence_lengths=np.array([length], dtype=np.int32),
             response_lengths=np.array([response], dtype=np.int32),
             rewards=np.zeros(response, dtype=np.float32),
-            truncated=np.array([0], dtype=np.uint8),
             shard=np.array([1], dtype=np.uint8),
             group_index=np.array([0], dtype=np.int32),
         )

@@ -431,3 +431,11 @@ def test_a_pass_whose_steps_are_all_skipped_changes_nothing(tmp_path: Path) -> N
     poisoned = replace(targets, advantages=targets.advantages * float("nan"))
     assert policy.update(batch, policy.score(batch), poisoned, 0)["skipped"] == 2
     assert largest_difference(weights_of(policy.network), before) == 0
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_the_constant_of_the_loss_is_responses_times_the_longest_one_allowed(tmp_path: Path, minibatches: int) -> None:
+    slow = ("actor.learning_rate=1e-12", f"actor.minibatches={minibatches}")
+    _, sums = updated(tmp_path, *slow, "algorithm.loss_aggregation=seq-mean-token-sum")
+    _, constant = updated(tmp_path, *slow, "algorithm.loss_aggregation=constant")
+    assert constant["policy_loss"] == pytest.approx(sums["policy_loss"] / 8, rel=1e-4)
