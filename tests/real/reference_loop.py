@@ -153,7 +153,9 @@ def padded(rows: list[Any]) -> dict[str, torch.Tensor]:
 
 def outputs(network: Any, b: dict[str, torch.Tensor], here: Any = slice(None)) -> torch.Tensor:
     """What a network says before each response token: [N, R, vocabulary or 1]."""
-    logits = network(input_ids=b["input_ids"][here], attention_mask=b["attention"][here], use_cache=False).logits
+    logits: torch.Tensor = network(
+        input_ids=b["input_ids"][here], attention_mask=b["attention"][here], use_cache=False
+    ).logits
     return logits.gather(1, b["before"][here][..., None].expand(-1, -1, logits.shape[-1]))
 
 
@@ -191,6 +193,6 @@ def division(count: int, parts: int, *seed: int) -> list[Any]:
 def step(network: Any, optimizer: torch.optim.Optimizer, loss: torch.Tensor, max_norm: float) -> None:
     """One optimiser step with the gradient clipped."""
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
     optimizer.step()

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from asyncppo import ports
+from asyncppo import ports, samples
 from tests.real.run_tools import Programs
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
@@ -19,10 +19,9 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
 def complete(
     quick_base: Path, rollout_python: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Programs, int, int]]:
-    """A run to its end, the rollout server started first; with both exit codes."""
-    programs = Programs(
-        quick_base, tmp_path_factory.mktemp("run"), ports.free_port(), rollout_python, **{"run.steps": 6}
-    )
+    """A run to its end with a warm start of the critics, the rollout server started first; with both exit codes."""
+    settings = {"run.steps": 6, "critic.warmup_batches": 2, "run.inspect_every": 3}
+    programs = Programs(quick_base, tmp_path_factory.mktemp("run"), ports.free_port(), rollout_python, **settings)
     try:
         server = programs.rollout("r0")
         trainer = programs.trainer()
@@ -40,7 +39,7 @@ def test_every_step_is_in_the_metrics_within_the_staleness_bound(complete: tuple
     rows = complete[0].steps()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(0 <= row["staleness/min"] <= row["staleness/max"] <= 4 for row in rows)
-    assert rows[-1]["stream/consumed"] == 24
+    assert rows[-1]["stream/consumed"] == 24 + 8  # those of the warm start too
     assert rows[-1]["stream/dropped"] == 0
 
 
@@ -81,10 +80,68 @@ def test_exported_actor_loads_as_an_ordinary_hugging_face_directory(complete: tu
     assert AutoTokenizer.from_pretrained(directory).chat_template
 
 
+def test_the_critics_were_warm_started_by_two_batches_and_kept(complete: tuple[Programs, int, int]) -> None:
+    from transformers import AutoModelForTokenClassification
+
+    run = complete[0].run
+    assert [event["batch"] for event in complete[0].events("warm_start")] == [1, 2]
+    (directory,) = (run / "warm_start").iterdir()
+    heads = [AutoModelForTokenClassification.from_pretrained(directory / f"critic_{m}").score.weight for m in (0, 1)]
+    assert not heads[0].equal(heads[1])
+
+
+def test_a_sample_says_of_each_token_what_it_was_trained_on(complete: tuple[Programs, int, int]) -> None:
+    kept = [samples.read(path) for path in samples.files_in(complete[0].run)]
+    assert sorted(sample.step for sample in kept) == [3, 6]
+    tokens = [token for one in kept for r in one.responses for token in samples.tokens_of(r, one.settings)]
+    verdicts = {line for token in tokens for line in samples.verdict(token, kept[0].settings)}
+    assert any("std among the lowest 20 %" in line for line in verdicts), verdicts
+
+
 def test_nothing_is_left_behind(complete: tuple[Programs, int, int]) -> None:
     programs = complete[0]
     assert programs.left_behind() == []
     assert not list(programs.directory.glob("asyncppo-*")), "published weights were not removed"
+
+
+def test_replay_and_every_other_switch_at_once(
+    quick_base: Path, rollout_python: str, tmp_path: Path, free_port: int
+) -> None:
+    settings = {
+        "run.steps": 6,
+        "eval.at_start": False,
+        "eval.at_end": False,
+        "reward.functions": "{math_verify: 1.0, 'tests.real.rewards:lines': 0.5}",
+        "reward.overlong_buffer": 4,
+        "algorithm.reuse": "replay",
+        "algorithm.utd": 2,
+        "algorithm.aggregation": "confidence",
+        "algorithm.mask_signal": "entropy",
+        "algorithm.mask_fraction": "[[0, 0.0], [4, 0.4]]",
+        "algorithm.ratio": "sequence",
+        "algorithm.behaviour_level": "sequence",
+        "algorithm.kl_coef": 0.01,
+        "algorithm.loss_aggregation": "constant",
+        "critic.each": "[{}, {learning_rate: 1.0e-4, minibatches: 2}]",
+        "critic.lam": 0.9,
+        "critic.value_clip": 0.5,
+    }
+    programs = Programs(quick_base, tmp_path, free_port, rollout_python, **settings)
+    try:
+        trainer, server = programs.trainer(), programs.rollout("r0")
+        assert programs.ended(trainer, 200) == 0, programs.log("trainer")
+        assert programs.ended(server) == 0, programs.log("rollout-r0")
+    finally:
+        programs.end()
+    rows = programs.steps()
+    assert rows[-1]["stream/used"] == 6 * 4
+    assert rows[-1]["stream/consumed"] < 6 * 4, "no group was used twice"
+    assert max(row["uses/mean"] for row in rows) > 1
+    assert max(row["staleness/max"] for row in rows) <= 4
+    assert rows[2]["mask/policy"] == pytest.approx(0.2, abs=0.02)
+    assert rows[0]["policy/kl_reference"] == pytest.approx(0, abs=1e-6)
+    assert rows[-1]["policy/kl_reference"] > 0
+    assert sum(row["reward/errors"] for row in rows) == 0
 
 
 def test_servers_come_and_go_engines_die_and_the_trainer_comes_back(
