@@ -455,7 +455,7 @@ def test_a_channel_carries_both_ways_in_order(channels: tuple[Channel, Channel])
     assert critic.receive(LONG) is not None
     assert critic.send(CriticReady(index=1, parameters=2)) is True
     for step in range(20):
-        critic.send(Learned(step=step, values=values, metrics={"loss": 0.5}, seconds=0.0))
+        critic.send(Learned(step=step, values=values, fresh_values=values, metrics={"loss": 0.5}, seconds=0.0))
         learner.send(Stop(reason=str(step)))
     assert learner.receive(LONG) is not None
     learned = [learner.receive(LONG) for _ in range(20)]

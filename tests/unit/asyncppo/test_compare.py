@@ -151,7 +151,7 @@ def test_a_run_is_measured_by_its_steps_and_its_last_evaluation(tmp_path: Path) 
 
 def test_one_batch_of_equal_rewards_does_not_decide_the_explained_variance(tmp_path: Path) -> None:
     directory = write_run(tmp_path / "run", steps=6)
-    append(directory / "metrics.jsonl", [row(7, **{"value/explained_variance": -65.0})])
+    append(directory / "metrics.jsonl", [row(7, **{"value/explained_variance_fresh": -65.0})])
     assert read_run(directory, 0).measures["ev_second"] > 0
 
 
