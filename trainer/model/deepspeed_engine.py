@@ -20,6 +20,8 @@ from trainer.model.engine import StepReport, schedule
 from trainer.model.world import World
 
 _TAG = "state"
+_BUCKET = 500_000_000
+"""Elements of a communication bucket, DeepSpeed's default; a smaller model has smaller ones."""
 
 
 class DeepSpeedEngine:
@@ -45,7 +47,7 @@ class DeepSpeedEngine:
         self._engine, _, _, self._schedule = deepspeed.initialize(
             model=network,
             model_parameters=[parameter for parameter in network.parameters() if parameter.requires_grad],
-            config=deepspeed_config(model, on_cpu=on_cpu),
+            config=deepspeed_config(model, on_cpu=on_cpu, parameters=sum(p.numel() for p in network.parameters())),
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(model, total_steps)),
         )
         self._engine.train()
@@ -84,13 +86,19 @@ def _find_ninja() -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
-def deepspeed_config(model: ModelConfig, *, on_cpu: bool) -> dict[str, Any]:
+def deepspeed_config(model: ModelConfig, *, on_cpu: bool, parameters: int) -> dict[str, Any]:
     """DeepSpeed's config for a model: one optimiser step a `step()`, accumulation by the caller."""
     adam = {"lr": model.learning_rate, "betas": list(model.betas), "weight_decay": model.weight_decay}
     # PyTorch's AdamW: DeepSpeed's own is compiled at first use (100 s and a compiler on a CPU, the CUDA toolkit on a
     # GPU). Only the offloaded one has no other form; it finds ninja beside the interpreter (`_find_ninja`).
     adam["torch_adam"] = not model.offload_optimizer
-    zero: dict[str, Any] = {"stage": model.zero_stage}
+    # DeepSpeed allocates its buckets whole, 2 GB of memory each, however small the model.
+    bucket = min(_BUCKET, parameters)
+    zero: dict[str, Any] = {
+        "stage": model.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
     if model.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
     return {
