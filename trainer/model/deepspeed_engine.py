@@ -93,7 +93,7 @@ def deepspeed_config(model: ModelConfig, *, on_cpu: bool, parameters: int) -> di
     # GPU). Only the offloaded one has no other form; it finds ninja beside the interpreter (`_find_ninja`).
     adam["torch_adam"] = not model.offload_optimizer
     # DeepSpeed allocates its buckets whole, 2 GB of memory each, however small the model.
-    bucket = min(_BUCKET, parameters)
+    bucket = min(_BUCKET, -(-parameters // 1024) * 1024)  # ZeRO wants them even
     zero: dict[str, Any] = {
         "stage": model.zero_stage,
         "reduce_bucket_size": bucket,
