@@ -61,7 +61,7 @@ class Learner:
         self._journal = journal
         self._checkpoints = Checkpoints(config)
         self._recorder = Recorder(config)
-        self._samples = Samples(config, feed.tokenizer_directory) if journal else None
+        self._samples = Samples(config, feed.tokenizer_directory) if journal and config.run.inspect_every else None
         self._targets = TargetBuilder(config, critic_errors)
         self._brake = Brake(config, journal)
         self._skipped = SkippedSteps(config, journal)
@@ -125,8 +125,7 @@ class Learner:
             self._journal.step(row)
             log.info(self._recorder.line(row))
             self._alarm.observe(batch.version, row.get("value/separation", math.nan))
-        every = self._config.run.inspect_every
-        if self._samples and every and (batch.version + 1) % every == 0:
+        if self._samples and (batch.version + 1) % self._config.run.inspect_every == 0:
             self._samples.keep(batch, targets, values.values, scores.logprobs, scores.entropy)
         self._skipped.observe(int(step.sums["skipped"]), batch, scores, targets)
         self._brake.observe(batch.version, effective_sample_size(step.sums), logprob_gap(batch, scores.logprobs))
