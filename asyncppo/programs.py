@@ -98,13 +98,16 @@ class Programs:
     """The children of this process; leaving the `with` block ends whatever is left of them, grandchildren included.
 
     Orphaned descendants come back to this process (Linux's child subreaper), which ends them too; and when this process
-    is killed, the kernel sends its children SIGTERM. To be used in the main thread, which lives as long as the process.
+    is killed, the kernel sends its children SIGTERM. Children that were there before the block (multiprocessing's
+    resource tracker, say) are left alone. To be used in the main thread, which lives as long as the process.
     """
 
     def __init__(self) -> None:
         self._programs: list[Program] = []
+        self._before: set[psutil.Process] = set()
 
     def __enter__(self) -> Self:
+        self._before = set(psutil.Process().children())
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         return self
 
@@ -112,6 +115,7 @@ class Programs:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end(limit_s=_KILL_AFTER_S)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 0)  # nobody would wait for later orphans
 
     def start(
         self, name: str, argv: Sequence[str], log: Path | None = None, extra: Mapping[str, str] | None = None
@@ -164,8 +168,16 @@ class Programs:
         """SIGTERM to them and all their descendants, SIGKILL after the limit; returns the names that needed force."""
         running = self.running()
         killed = end([program.process for program in running], limit_s)
-        end_processes(psutil.Process().children(recursive=True), limit_s)  # orphans that came back to us
+        ours = [process for process in psutil.Process().children() if process not in self._before]
+        orphans = [*ours, *(below for process in ours for below in _descendants(process))]  # they came back to us
+        end_processes(orphans, limit_s)
         return [program.name for program in running if program.process.pid in killed]
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(process.children(recursive=True))
+    return []
 
 
 if sys.platform == "linux":
