@@ -53,6 +53,8 @@ class RunConfig(Section, frozen=True, kw_only=True):
     """Steps between checkpoints; 0 saves only at the end and on a stop."""
     keep_checkpoints: Positive = 2
     """How many checkpoints are kept."""
+    keep_every: NonNegative = 0
+    """Checkpoints at multiples of this step are kept for good; 0 keeps only the newest `keep_checkpoints`."""
     inspect_every: NonNegative = 10
     """Steps between samples for `asyncppo inspect`: one group, token by token, of every such step; 0 keeps none."""
 
@@ -124,7 +126,12 @@ class RewardConfig(Section, frozen=True, kw_only=True):
     workers: Positive = 1
     """Grading processes of each rollout server."""
     timeout_s: PositiveFloat = 10.0
-    """A grading that takes longer is killed, counted as a reward error and scored 0."""
+    """A grading that takes longer is killed, and is a reward error."""
+    memory_mb: Positive = 4096
+    """A grading process that wants more address space is killed, which is a reward error."""
+    on_error: Literal["mask", "zero", "drop"] = "mask"
+    """What becomes of a response whose grading failed: it leaves every loss, every baseline and the critics' shards, it
+    counts as a reward of 0, or its whole group is dropped and the prompt leased again."""
 
 
 class StreamConfig(Section, frozen=True, kw_only=True):
@@ -138,14 +145,24 @@ class StreamConfig(Section, frozen=True, kw_only=True):
     """No batch ever holds a group staler than this many versions."""
     drop_equal_rewards: bool = False
     """DAPO's dynamic sampling: a group whose responses all have the same reward is not trained on, and counted."""
+    slow: Literal["wait", "drop"] = "wait"
+    """What becomes of a prompt whose answer takes longer than the bound allows: `wait` makes the trainer wait for it,
+    `drop` cancels it and leases it again; drops are counted by length and reward, for they favour short answers."""
     ready_batches: Positive = 1
     """No prompt is leased while this many whole batches wait to be trained: more would only grow old."""
+    keys: str | None = None
+    """Directory of CURVE keys (`asyncppo keys`): everything on TCP is encrypted, and only known keys are let in."""
     insecure: bool = False
-    """Listen on, or connect to, an address that is not loopback without any encryption or authentication."""
+    """Listen on, or connect to, an address that is not loopback without keys."""
     heartbeat_s: PositiveFloat = 2.0
     """Both ends say that they live this often; ten missed heartbeats are a death."""
     lease_timeout_s: PositiveFloat = 600.0
     """A prompt that a server has held for longer is given to another."""
+    failures_in_a_row: Positive = 3
+    """Leases that a server fails one after the other before it is set aside for `set_aside_s`, and then tried with
+    one."""
+    set_aside_s: PositiveFloat = 30.0
+    """How long a server that fails is set aside; twice as long each time, up to ten times."""
     batch_timeout_s: PositiveFloat = 1800.0
     """The trainer ends with an error after waiting this long for one batch."""
     max_message_mb: Positive = 512
@@ -236,6 +253,9 @@ class GuardConfig(Section, frozen=True, kw_only=True):
     """Steps in a row whose loss or gradient is not finite, and which are therefore skipped, before the run ends."""
     min_separation: NonNegativeFloat = 0.01
     """The alarm: critics whose std is less than this share of their value's spread over tokens have become one."""
+    stall_s: PositiveFloat = 1800.0
+    """The watchdog: a phase of a step, or any wait beyond its own limit, that takes so long writes all stacks and ends
+    the process with exit code 1."""
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):
@@ -324,6 +344,11 @@ class CriticConfig(ModelConfig, frozen=True, kw_only=True):
     """Where critics that were started by hand listen, `tcp://host:port` each; empty starts them beside the learner."""
     timeout_s: PositiveFloat = 1800.0
     """The learner ends with an error after waiting this long for a critic."""
+    restarts: NonNegative = 3
+    """How often a critic that has died is started again, from its last state, before the run ends."""
+    recovery_mb: Positive = 2048
+    """The batches since a critic's last checkpoint are kept up to this size, so that one that is started again learns
+    them again; older ones it then misses."""
 
 
 class RolloutConfig(Section, frozen=True, kw_only=True):
@@ -347,6 +372,9 @@ class RolloutConfig(Section, frozen=True, kw_only=True):
     """Each phase of a weight swap must end within this time."""
     connect_timeout_s: PositiveFloat = 600.0
     """A rollout server looks this long for the trainer."""
+    spill_mb: Positive = 1024
+    """Finished groups that wait for the trainer to come back are kept on disk up to this size; then generation
+    pauses."""
 
 
 class PublishConfig(Section, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from asyncppo.errors import MessageError
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever a message changes; both ends must have the same."""
 
 MAX_HEADER_BYTES = 1 << 20
@@ -73,10 +73,15 @@ class Group(Message, frozen=True, kw_only=True):
     """One prompt's responses, complete and graded. Kept and sent again by the server until it is acknowledged.
 
     N responses with T tokens in all; S spans of one weight version each. A group without process rewards has [0]
-    `step_rewards`, as has every group of an evaluation.
+    `step_rewards`, as has every group of an evaluation. `lease` is its sequence number: a second one of the same number
+    is a duplicate. `trainer`, `epoch` and `prompt_id` let a trainer that has come back take what was leased before.
     """
 
     lease: int
+    trainer: str = ""
+    """`Welcome.trainer` of the process that leased it."""
+    epoch: int = 0
+    prompt_id: str = ""
     response_ids: Int32  # [T], the responses one after the other
     lengths: Int32  # [N], sum T, each >= 1
     behaviour_logprobs: Float32  # [T], the engine's own
@@ -248,7 +253,14 @@ class Stop(Message, frozen=True, kw_only=True):
 # --- received by a critic; made by the learner -----------------------------------------------------------------------
 
 
-class Learn(Message, frozen=True, kw_only=True):
+class ForCritic(Message, frozen=True, kw_only=True):
+    """Base of what a critic receives: another process of it, that died or was not born yet, must not act on it."""
+
+    session: str = ""
+    """`CriticReady.session` of the process that is meant."""
+
+
+class Learn(ForCritic, frozen=True, kw_only=True):
     """A packed batch: learn from the shard, then give the values of all responses (AsyPPO, Algorithm 1).
 
     N responses, L tokens with their prompts, T response tokens.
@@ -264,25 +276,25 @@ class Learn(Message, frozen=True, kw_only=True):
     group_index: Int32  # [N], which group of the batch the response belongs to
 
 
-class SaveCritic(Message, frozen=True, kw_only=True):
+class SaveCritic(ForCritic, frozen=True, kw_only=True):
     """Write everything that a resume needs into this directory."""
 
     directory: str
 
 
-class ExportCritic(Message, frozen=True, kw_only=True):
+class ExportCritic(ForCritic, frozen=True, kw_only=True):
     """Write the weights into this directory, a Hugging Face model with a scalar head that other runs start from."""
 
     directory: str
 
 
-class StartCritic(Message, frozen=True, kw_only=True):
+class StartCritic(ForCritic, frozen=True, kw_only=True):
     """Begin anew from weights that `ExportCritic` wrote: another optimiser, and the schedule from its start."""
 
     directory: str
 
 
-class LoadCritic(Message, frozen=True, kw_only=True):
+class LoadCritic(ForCritic, frozen=True, kw_only=True):
     """Go on from this directory."""
 
     directory: str
@@ -292,10 +304,12 @@ class LoadCritic(Message, frozen=True, kw_only=True):
 
 
 class CriticReady(Message, frozen=True, kw_only=True):
-    """The critic is up."""
+    """The critic is up. It says so until it is answered: it may have been started again."""
 
     index: int
     parameters: int
+    session: str = ""
+    """New at every start of the process."""
 
 
 class Learned(Message, frozen=True, kw_only=True):

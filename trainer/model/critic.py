@@ -263,7 +263,8 @@ def _shared(message: Any, world: World) -> Any:
     shared = world.share(arrays)
     kind = str(shared["kind"])
     if kind == "Learn":
-        return Learn(step=int(shared["step"]), **{name: shared[name] for name in _LEARN_ARRAYS})
+        given: dict[str, Any] = {name: shared[name] for name in _LEARN_ARRAYS}
+        return Learn(step=int(shared["step"]), **given)
     if kind in _WITH_DIRECTORY:
         return _WITH_DIRECTORY[kind](directory=str(shared["text"]))
     return Stop(reason="")
