@@ -5,7 +5,8 @@
     │   ├── ConfigError       a config file, an override, or a value in one
     │   ├── ModelError        a model or tokenizer directory
     │   ├── DataError         a dataset
-    │   └── AddressError      an address that cannot be bound, or not be used without keys
+    │   ├── AddressError      an address that cannot be bound, or not be used without keys
+    │   └── ResumeError       checkpoints that this run cannot go on from (a CheckpointError, too)
     ├── RefusedError          the other end turned this process away, and said why; exit code 2
     ├── MessageError          a message that does not decode or does not make sense; never ends a process
     ├── EngineError           the inference engine failed, or replied something other than success
@@ -62,6 +63,10 @@ class WeightsError(AsyncPPOError):
 
 class CheckpointError(AsyncPPOError):
     """A checkpoint that is not whole, or belongs to another run."""
+
+
+class ResumeError(CheckpointError, UserError):
+    """There are checkpoints, and this run cannot go on from them."""
 
 
 class StallError(AsyncPPOError):

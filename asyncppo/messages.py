@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from asyncppo.errors import MessageError
@@ -28,6 +29,22 @@ Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 Frames = list[bytes | memoryview]
+
+MAX_TEXT = 4000
+"""Characters of a reason or a description; `brief` keeps to it."""
+Name = Annotated[str, Meta(pattern=r"\A[\w.-]{1,100}\Z")]
+"""What goes into logs, events and file names as it is."""
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+Version = Annotated[int, Meta(ge=-1, le=1 << 30)]
+Published = Annotated[int, Meta(ge=0, le=1 << 30)]
+Seconds = Annotated[float, Meta(ge=0, le=1e10)]
+
+
+def brief(text: str) -> str:
+    """A text for people as it may be sent and logged: not endless, without control characters except line ends."""
+    clean = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: 2 * MAX_TEXT])
+    return clean if len(clean) <= MAX_TEXT else clean[: MAX_TEXT - 2] + " …"
 
 
 def _no_numbers() -> Float32:
@@ -53,19 +70,19 @@ class Hello(Message, frozen=True, kw_only=True):
     """First message of a rollout server, repeated until it is answered by Welcome or Refused."""
 
     protocol: int
-    server: str
+    server: Name
     """The server's name; a restarted server may bear the same."""
-    incarnation: str
+    incarnation: Name
     """New at every start of the process: what an older incarnation held is leased again."""
-    capacity: int
+    capacity: Annotated[int, Meta(ge=1, le=1 << 16)]
     """Groups that it takes at once."""
-    agreement: str
+    agreement: Text
     """`Config.agreement_hash()`."""
-    model: str
+    model: Text
     """`fingerprints.model_fingerprint` of the model directory that the engine was started with."""
-    tokenizer: str
+    tokenizer: Text
     """`fingerprints.tokenizer_fingerprint` of the same."""
-    engine: str
+    engine: Text
     """What generates, for people: `sglang 0.5.23 (cpu)`."""
 
 
@@ -78,7 +95,7 @@ class Group(Message, frozen=True, kw_only=True):
     """
 
     lease: int
-    trainer: str = ""
+    trainer: Text = ""
     """`Welcome.trainer` of the process that leased it."""
     epoch: int = 0
     prompt_id: str = ""
@@ -92,8 +109,8 @@ class Group(Message, frozen=True, kw_only=True):
     step_rewards: Float32 = msgspec.field(default_factory=_no_numbers)  # [T], on tokens that complete a step; or [0]
     truncated: UInt8  # [N], 1 where the response reached max_response_tokens
     reward_errors: UInt8  # [N], 1 where grading failed or timed out (which gives a reward of 0)
-    generate_s: float
-    grade_s: float
+    generate_s: Seconds
+    grade_s: Seconds
 
     def check(self, group_size: int) -> None:
         """Refuse what does not make sense.
@@ -141,47 +158,47 @@ class Failed(Message, frozen=True, kw_only=True):
     """A lease that this server could not complete; the trainer leases the prompt again."""
 
     lease: int
-    reason: str
+    reason: Text
 
 
 class Status(Message, frozen=True, kw_only=True):
     """A rollout server's heartbeat: it lives, and this is what it does."""
 
-    policy_version: int
-    groups_in_flight: int
-    unacknowledged: int
-    responses: int
+    policy_version: Version
+    groups_in_flight: Count
+    unacknowledged: Count
+    responses: Count
     """Responses completed since its start."""
-    tokens: int
+    tokens: Count
     """Response tokens generated since its start."""
-    idle_s: float
+    idle_s: Seconds
     """Seconds since its start in which it had nothing to generate: it waited for leases."""
-    reward_errors: int
-    engine_restarts: int
-    state: Literal["starting", "generating", "waiting for leases", "swapping", "engine down", "stopping"]
+    reward_errors: Count
+    engine_restarts: Count
+    state: Literal["starting", "generating", "waiting for leases", "swapping", "engine down", "outbox full", "stopping"]
 
 
 class Swapped(Message, frozen=True, kw_only=True):
     """The engine serves this version now; phase times in seconds."""
 
-    policy_version: int
-    verify_s: float
-    pause_s: float
-    load_s: float
-    resume_s: float
+    policy_version: Published
+    verify_s: Seconds
+    pause_s: Seconds
+    load_s: Seconds
+    resume_s: Seconds
 
 
 class SwapFailed(Message, frozen=True, kw_only=True):
     """The engine keeps its old version; the server will try again with the next one."""
 
-    policy_version: int
-    reason: str
+    policy_version: Published
+    reason: Text
 
 
 class Goodbye(Message, frozen=True, kw_only=True):
     """The server leaves; what it holds is leased again."""
 
-    reason: str
+    reason: Text
 
 
 # --- received by rollout servers; made by the trainer's intake -------------------------------------------------------
@@ -190,16 +207,16 @@ class Goodbye(Message, frozen=True, kw_only=True):
 class Welcome(Message, frozen=True, kw_only=True):
     """The server is one of the pool."""
 
-    run: str
-    heartbeat_s: float
-    trainer: str
+    run: Text
+    heartbeat_s: Annotated[float, Meta(gt=0, le=1e6)]
+    trainer: Text
     """New at every start of the trainer: leases of another one are void, and their numbers may come again."""
 
 
 class Refused(Message, frozen=True, kw_only=True):
     """The server does not fit this trainer, and why; it ends."""
 
-    reason: str
+    reason: Text
 
 
 class Lease(Message, frozen=True, kw_only=True):
@@ -210,7 +227,7 @@ class Lease(Message, frozen=True, kw_only=True):
     prompt_id: str
     prompt_ids: Int32  # [P]
     answer: str
-    group_size: int
+    group_size: Annotated[int, Meta(ge=0, le=1 << 16)]
     purpose: Literal["train", "eval"]
 
 
@@ -229,7 +246,7 @@ class Cancel(Message, frozen=True, kw_only=True):
 class WeightsReady(Message, frozen=True, kw_only=True):
     """A version is published whole, under `directory`, with a manifest whose own checksum this is."""
 
-    policy_version: int
+    policy_version: Published
     directory: str
     manifest: str
 
@@ -237,7 +254,7 @@ class WeightsReady(Message, frozen=True, kw_only=True):
 class Pulse(Message, frozen=True, kw_only=True):
     """The trainer lives."""
 
-    policy_version: int
+    policy_version: Version
 
 
 class Unknown(Message, frozen=True, kw_only=True):
@@ -247,7 +264,7 @@ class Unknown(Message, frozen=True, kw_only=True):
 class Stop(Message, frozen=True, kw_only=True):
     """The run has ended, or is being ended: leave."""
 
-    reason: str
+    reason: Text
 
 
 # --- received by a critic; made by the learner -----------------------------------------------------------------------
@@ -292,6 +309,7 @@ class StartCritic(ForCritic, frozen=True, kw_only=True):
     """Begin anew from weights that `ExportCritic` wrote: another optimiser, and the schedule from its start."""
 
     directory: str
+    """Empty: begin as the warm start does, whatever another run has left in its directory meanwhile."""
 
 
 class LoadCritic(ForCritic, frozen=True, kw_only=True):
@@ -303,16 +321,21 @@ class LoadCritic(ForCritic, frozen=True, kw_only=True):
 # --- received by the learner; made by a critic -----------------------------------------------------------------------
 
 
-class CriticReady(Message, frozen=True, kw_only=True):
-    """The critic is up. It says so until it is answered: it may have been started again."""
+class FromCritic(Message, frozen=True, kw_only=True):
+    """Base of what a critic says: the word of a process that has died meanwhile is no answer."""
 
-    index: int
-    parameters: int
     session: str = ""
     """New at every start of the process."""
 
 
-class Learned(Message, frozen=True, kw_only=True):
+class CriticReady(FromCritic, frozen=True, kw_only=True):
+    """The critic is up. It says so until it is answered: it may have been started again."""
+
+    index: int
+    parameters: int
+
+
+class Learned(FromCritic, frozen=True, kw_only=True):
     """The answer to Learn: the values after learning, and what learning did."""
 
     step: int
@@ -322,11 +345,14 @@ class Learned(Message, frozen=True, kw_only=True):
     seconds: float
 
 
-class Done(Message, frozen=True, kw_only=True):
-    """What was asked for is done."""
+class Done(FromCritic, frozen=True, kw_only=True):
+    """What was asked for is done, or could not be written."""
+
+    failure: str = ""
+    """Why a directory could not be written: the critic is as it was, and lives. Empty when all is done."""
 
 
-class CriticFailed(Message, frozen=True, kw_only=True):
+class CriticFailed(FromCritic, frozen=True, kw_only=True):
     """What was asked for failed; the critic ends."""
 
     reason: str

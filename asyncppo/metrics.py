@@ -1,22 +1,31 @@
 """Metrics and events as JSON lines in the run directory: one line a step, one line an event; for people and programs.
 
 `metrics.jsonl` has one flat object per trainer step (names and meanings: `STEP_METRICS`), `events.jsonl` one object per
-thing that happened. Both are appended and flushed line by line, so a reader may follow them while the run goes on.
+thing that happened, `ledger.jsonl` what became of each prompt (trainer/stream/ledger.py). All are appended and flushed
+line by line, so a reader may follow them while the run goes on. A trainer that goes on from a checkpoint cuts metrics
+and ledger where the checkpoint was made, so no step is there twice; events are a history, and stay.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+log = logging.getLogger("asyncppo.metrics")
+
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+LEDGER_FILE = "ledger.jsonl"
+_BLOCK = 1 << 16
 
 STEP_METRICS: dict[str, str] = {
     "step": "trainer steps done",
@@ -80,7 +89,7 @@ STEP_METRICS: dict[str, str] = {
     "time/targets_s": "advantages and masks",
     "time/update_s": "optimiser passes of the actor",
     "time/publish_s": "gathering, writing and announcing the new version",
-    "time/checkpoint_s": "saving a checkpoint, where this step did",
+    "time/checkpoint_s": "saving the checkpoint of the version about to be trained, where one was due",
     "stream/servers": "rollout servers in the pool",
     "stream/in_flight": "groups leased and not yet received",
     "stream/buffered": "groups received and not yet consumed",
@@ -89,6 +98,8 @@ STEP_METRICS: dict[str, str] = {
     "stream/used": "uses of groups so far: above consumed with reuse by replay",
     "stream/lapsed": "further uses that were not made because the group had grown too old (reuse by replay)",
     "stream/dropped": "groups dropped so far: too stale, lost with their server, or without signal; events say which",
+    "stream/adopted": "groups of leases from before that this process took in the place of a new lease",
+    "stream/ignored": "groups that came to this process and nobody waited for: duplicates, or rolled back by a resume",
     "stream/malformed": "messages dropped so far because they do not decode or make no sense",
     "rollout/idle": "fraction of the servers' time since the last step without anything to generate",
     "rollout/tokens_per_s": "response tokens generated per second since the last step, all servers",
@@ -99,26 +110,93 @@ STEP_METRICS: dict[str, str] = {
 
 
 class Journal:
-    """Appends to a run's `metrics.jsonl` and `events.jsonl`."""
+    """Appends to a run's `metrics.jsonl`, `events.jsonl` and `ledger.jsonl`; the last is made by its first line."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._metrics = (directory / METRICS_FILE).open("ab", buffering=0)
-        self._events = (directory / EVENTS_FILE).open("ab", buffering=0)
+        self._directory = directory
+        self._files = {name: _open(directory / name) for name in (METRICS_FILE, EVENTS_FILE)}
+        if (directory / LEDGER_FILE).exists():
+            self._files[LEDGER_FILE] = _open(directory / LEDGER_FILE)
 
     def step(self, values: Mapping[str, Any]) -> None:
         """Append one step. Numbers that are not finite become null."""
-        self._metrics.write(msgspec.json.encode({key: _plain(value) for key, value in values.items()}) + b"\n")
+        self._append(METRICS_FILE, {key: _plain(value) for key, value in values.items()})
 
     def event(self, event: str, **details: Any) -> None:
         """Append one event with the time."""
         plain = {key: _plain(value) for key, value in details.items()}
-        self._events.write(msgspec.json.encode({"event": event, "time": time.time(), **plain}) + b"\n")
+        self._append(EVENTS_FILE, {"event": event, "time": time.time(), **plain})
+
+    def ledger(self, **line: Any) -> None:
+        """Append one line of the ledger; one thread at a time."""
+        if LEDGER_FILE not in self._files:
+            self._files[LEDGER_FILE] = _open(self._directory / LEDGER_FILE)
+        self._append(LEDGER_FILE, line)
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of metrics and ledger, for `roll_back`."""
+        return self._size(METRICS_FILE), self._size(LEDGER_FILE)
+
+    def sync(self) -> None:
+        """Return when everything that was written is on the disk."""
+        for file in list(self._files.values()):
+            os.fsync(file.fileno())
+
+    def roll_back(self, metrics_bytes: int, ledger_bytes: int) -> int:
+        """Cut metrics and ledger to what they were (`sizes`) when a checkpoint was made.
+
+        Returns:
+            How many steps were cut off.
+        """
+        steps = 0
+        for name, size in ((METRICS_FILE, metrics_bytes), (LEDGER_FILE, ledger_bytes)):
+            there = self._size(name)
+            if there < size:
+                log.warning(
+                    "%s has %d bytes, and had %d when the checkpoint was made: lines are missing",
+                    self._directory / name,
+                    there,
+                    size,
+                )
+            elif there > size:
+                if name == METRICS_FILE:
+                    with (self._directory / name).open("rb") as file:
+                        file.seek(size)
+                        steps = sum(1 for _ in file)
+                os.ftruncate(self._files[name].fileno(), size)
+        return steps
 
     def close(self) -> None:
-        """Close both files."""
-        self._metrics.close()
-        self._events.close()
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _size(self, name: str) -> int:
+        return os.fstat(self._files[name].fileno()).st_size if name in self._files else 0
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        data = msgspec.json.encode(line) + b"\n"
+        written = self._files[name].write(data)
+        if written != len(data):
+            raise OSError(f"{self._directory / name}: {written} of {len(data)} bytes were written; is the disk full?")
+
+
+def _open(path: Path) -> FileIO:
+    """For appending whole lines: a last line that was torn by a kill or a full disk is cut off first."""
+    file = path.open("ab", buffering=0)
+    size = whole = os.fstat(file.fileno()).st_size
+    with path.open("rb") as reader:
+        newline = -1
+        while whole and newline < 0:
+            start = max(0, whole - _BLOCK)
+            reader.seek(start)
+            newline = reader.read(whole - start).rfind(b"\n")
+            whole = start + newline + 1
+    if whole < size:
+        log.warning("%s: its last line was torn, and %d bytes are cut off", path, size - whole)
+        os.ftruncate(file.fileno(), whole)
+    return file
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -47,7 +47,7 @@ RewardFunction = Callable[[str, str], float | Reward]
 
 @dataclass(frozen=True)
 class Grade:
-    """What a response got; `error` where grading failed or timed out, and the reward is 0 for that reason."""
+    """What a response got. `error`: grading failed or timed out, so the reward, 0, says nothing (`reward.on_error`)."""
 
     reward: float
     error: bool
@@ -89,7 +89,7 @@ def grade(function: Callable[[str, str], Reward], text: str, answer: str) -> Gra
     """The grade of one response by a `combined` function; whatever that raises makes it a reward error."""
     try:
         value, steps = function(text, answer)
-    except Exception:  # a response that cannot be graded scores 0, and is counted
+    except Exception:  # whatever a response does to a grader is a state of it, and counted
         return Grade(0.0, error=True)
     return Grade(value, error=False, steps=tuple(steps))
 
@@ -148,6 +148,10 @@ def math_verify(text: str, answer: str) -> float:
     return float(_equal(boxed.strip(), (gold if gold is not None else answer).strip()))
 
 
+_REMEMBERED = 1000
+"""Longer answers, in characters, are not remembered: a megabyte of digits each would fill the memory."""
+
+
 def last_boxed(text: str) -> str | None:
     """The content of the last `\\boxed{…}` with balanced braces, or None."""
     end = len(text)
@@ -161,9 +165,17 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=4096)
 def _equal(boxed: str, gold: str) -> bool:
     """Responses of one group often agree: the second of two equal ones costs nothing."""
+    return _compare(boxed, gold) if len(boxed) > _REMEMBERED else _remembered(boxed, gold)
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered(boxed: str, gold: str) -> bool:
+    return _compare(boxed, gold)
+
+
+def _compare(boxed: str, gold: str) -> bool:
     if boxed == gold:
         return True
     from math_verify import verify

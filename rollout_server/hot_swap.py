@@ -15,7 +15,7 @@ from pathlib import Path
 
 from asyncppo import weights
 from asyncppo.errors import EngineError, WeightsError
-from asyncppo.messages import SwapFailed, Swapped, WeightsReady
+from asyncppo.messages import SwapFailed, Swapped, WeightsReady, brief
 from rollout_server.engine import UNLOADED, Engine
 
 log = logging.getLogger("rollout_server.hot_swap")
@@ -93,7 +93,7 @@ class HotSwap:
             if self._pending in (wanted, None):
                 fall_back = self._engine.policy_version == UNLOADED and self._good is not wanted
                 self._pending = self._good if fall_back else None
-            return SwapFailed(policy_version=version, reason=str(error))
+            return SwapFailed(policy_version=version, reason=brief(str(error)))
 
     def _has(self, wanted: WeightsReady) -> bool:
         good = self._good

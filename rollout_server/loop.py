@@ -9,7 +9,9 @@
     heartbeats      the counts                  Status; groups again; a new Hello   its interval
 
 All of them share one event loop and one `asyncio.TaskGroup`: the first that fails ends the server with its error. A
-finished group stays in the outbox until the trainer acknowledges it, and is sent again when it does not.
+finished group stays in the outbox until the trainer acknowledges it, and is sent again when it does not. While the
+trainer is away, leases in progress go on and their groups wait, on disk (`outbox`); a new trainer's Welcome voids what
+is still in progress, and is answered with what has been finished.
 """
 
 from __future__ import annotations
@@ -48,11 +50,13 @@ from asyncppo.messages import (
     Unknown,
     WeightsReady,
     Welcome,
+    brief,
 )
 from asyncppo.rewards import Grade, overlong_penalty, step_rewards
 from asyncppo.transport.base import Link
 from rollout_server.engine import UNLOADED, Engine, Response
 from rollout_server.hot_swap import HotSwap
+from rollout_server.outbox import Outbox, size_of
 from rollout_server.reward import Grader
 
 log = logging.getLogger("rollout_server")
@@ -64,8 +68,10 @@ _ATTEMPTS = 2
 _RESTARTS_IN_A_ROW = 3
 """Restarts of the engine without a completed generation in between; one more ends the server."""
 _GOODBYE_S = 1.0
+_HEADER_BYTES = 1 << 16
+"""More than a group takes beside its arrays."""
 
-State = Literal["starting", "generating", "waiting for leases", "swapping", "engine down", "stopping"]
+State = Literal["starting", "generating", "waiting for leases", "swapping", "engine down", "outbox full", "stopping"]
 
 
 class RolloutServer:
@@ -121,7 +127,11 @@ class RolloutServer:
         self._stop_reason = ""
         self._tasks: asyncio.TaskGroup
         self._leases: dict[int, asyncio.Task[None]] = {}
-        self._outbox: dict[int, tuple[float, Group]] = {}  # lease: when it was sent last, and what
+        self._leases_are_void = False  # at the next Welcome
+        spill = config.run_directory / "spill" / name
+        self._outbox = Outbox(spill, config.rollout.spill_mb << 20, config.rollout.max_groups)
+        self._outbox_has_room = asyncio.Event()
+        self._note_outbox()
         self._generating = 0
         self._idle_since: float | None = None
         self._idle_s = 0.0
@@ -170,6 +180,7 @@ class RolloutServer:
     async def _leave(self) -> None:
         async with AsyncExitStack() as leaving:  # from the last to the first, whatever fails
             leaving.callback(self._link.close)
+            leaving.callback(self._outbox.close)
             leaving.push_async_callback(self._engine.close)
             leaving.push_async_callback(asyncio.to_thread, self._grader.close)
             leaving.push_async_callback(self._say_goodbye)
@@ -178,7 +189,7 @@ class RolloutServer:
         if self._welcomed.is_set():
             try:
                 async with asyncio.timeout(_GOODBYE_S):
-                    await self._link.send(Goodbye(reason=self._stop_reason or "cancelled"))
+                    await self._link.send(Goodbye(reason=brief(self._stop_reason or "cancelled")))
             except TimeoutError:
                 log.warning("the trainer does not take a Goodbye")
 
@@ -237,8 +248,10 @@ class RolloutServer:
                 self._receive_lease(message)
             case Ack():
                 self._forget([message.lease])
+                await self._send_groups()  # the next may go
             case Cancel():
                 self._forget(message.leases)
+                await self._send_groups()
             case WeightsReady():
                 self._swap.announce(message)
             case Pulse():
@@ -247,37 +260,39 @@ class RolloutServer:
                     self._say_hello_again(f"version {message.policy_version} is out, and was never announced here")
             case Unknown():
                 if self._welcomed.is_set():
-                    self._void_leases()
+                    self._leases_are_void = True
                     self._say_hello_again("the trainer does not know this server")
             case Refused():
-                raise RefusedError(f"the trainer refused this server: {message.reason}")
+                raise RefusedError(f"the trainer refused this server: {brief(message.reason)}")
             case Stop():
-                self.stop(f"the trainer says: {message.reason}")
+                self.stop(f"the trainer says: {brief(message.reason)}")
             case _:
                 log.warning("ignored: %s", type(message).__name__)
 
     async def _receive_welcome(self, welcome: Welcome) -> None:
-        if self._trainer not in (None, welcome.trainer):
+        if self._leases_are_void or self._trainer not in (None, welcome.trainer):
             self._void_leases()
-        self._trainer, self._heartbeat_s = welcome.trainer, welcome.heartbeat_s
+        self._trainer, self._heartbeat_s, self._leases_are_void = welcome.trainer, welcome.heartbeat_s, False
         if not self._welcomed.is_set():
             self._welcomed.set()
-            log.info("welcome in run %s; %d unacknowledged groups", welcome.run, len(self._outbox))
-            await self._send_again(older_than_s=0.0)
+            log.info("welcome in run %s; %d unacknowledged groups", brief(welcome.run), len(self._outbox))
+            self._outbox.begin_again()
+            await self._send_groups()
 
     def _receive_lease(self, lease: Lease) -> None:
         if lease.lease in self._leases:
             log.warning("lease %d came twice: ignored", lease.lease)
             return
-        self._outbox.pop(lease.lease, None)  # its number has come again: that group is no longer wanted
+        self._forget([lease.lease])  # its number has come again: that group is no longer wanted
         self._leases[lease.lease] = self._tasks.create_task(self._answer(lease), name=f"lease {lease.lease}")
 
     def _forget(self, leases: Iterable[int]) -> None:
         for lease in leases:
-            self._outbox.pop(lease, None)
+            self._outbox.forget(lease)
             task = self._leases.pop(lease, None)
             if task is not None:
                 task.cancel()
+        self._note_outbox()
 
     def _void_leases(self) -> None:
         """A trainer that does not know this server waits for none of its leases, and may use their numbers again."""
@@ -285,12 +300,21 @@ class RolloutServer:
             log.warning("%d leases in progress are void", len(self._leases))
         self._forget(list(self._leases))
 
-    async def _send_again(self, older_than_s: float) -> None:
-        limit = time.monotonic() - older_than_s
-        for lease, (sent, group) in list(self._outbox.items()):
-            if sent <= limit and lease in self._outbox:
-                self._outbox[lease] = (time.monotonic(), group)
+    async def _send_groups(self) -> None:
+        """Send what waits for its turn, and again what has stayed unacknowledged for long."""
+        if self._welcomed.is_set():
+            for group in self._outbox.to_send(MISSED_PULSES * self._heartbeat_s):
                 await self._link.send(group)
+
+    def _note_outbox(self) -> None:
+        """Call when `_outbox` has changed."""
+        if self._outbox.full and self._outbox_has_room.is_set():
+            log.warning(
+                "generation pauses: %d finished groups wait for the trainer (rollout.spill_mb)", len(self._outbox)
+            )
+            self._outbox_has_room.clear()
+        elif not self._outbox.full and not self._outbox_has_room.is_set():
+            self._outbox_has_room.set()
 
     async def _heartbeats(self) -> None:
         """Tells the trainer that this server lives, and notices when the trainer no longer does.
@@ -302,13 +326,14 @@ class RolloutServer:
         while True:
             await asyncio.sleep(self._heartbeat_s)
             if not self._welcomed.is_set():
+                await self._outbox.spill()
                 continue
             patience = MISSED_PULSES * self._heartbeat_s
             if time.monotonic() - self._last_heard > patience:
                 self._say_hello_again(f"nothing heard of the trainer for {patience:g} s")
                 continue
             await self._link.send(self.status())
-            await self._send_again(older_than_s=patience)
+            await self._send_groups()
 
     def status(self) -> Status:
         """What this server does now."""
@@ -332,6 +357,8 @@ class RolloutServer:
             return "engine down" if self._restarts else "starting"
         if self._swap.swapping:
             return "swapping"
+        if self._outbox.full:
+            return "outbox full"
         return "generating" if self._generating else "waiting for leases"
 
     def _note_idle(self) -> None:
@@ -348,17 +375,19 @@ class RolloutServer:
 
         consumes    the Lease
         produces    its Group, kept in the outbox until Ack; or Failed
-        waits for   an engine with weights, the generation, the grading: each with its own limit
+        waits for   room in the outbox, an engine with weights, the generation, the grading: each with its own limit
         """
+        trainer = self._trainer or ""
         try:
             responses, generate_s = await self._generate(lease)
             started = time.monotonic()
             grades = await self._grader.grade([response.text for response in responses], lease.answer)
             rewards = await self._rewards(lease, responses, grades)
-            group = make_group(lease, responses, rewards, generate_s, time.monotonic() - started)
+            group = make_group(lease, trainer, responses, rewards, generate_s, time.monotonic() - started)
+            self._check_size(group)
         except EngineError as error:
             log.warning("lease %d failed: %s", lease.lease, error)
-            await self._link.send(Failed(lease=lease.lease, reason=str(error)))
+            await self._link.send(Failed(lease=lease.lease, reason=brief(str(error))))
             return
         finally:
             if self._leases.get(lease.lease) is asyncio.current_task():
@@ -366,14 +395,25 @@ class RolloutServer:
         self._responses += len(responses)
         self._tokens += int(group.response_ids.size)
         self._reward_errors += int(group.reward_errors.sum())
-        self._outbox[lease.lease] = (time.monotonic(), group)
+        self._outbox.add(group)
+        self._note_outbox()
         if self._welcomed.is_set():
-            await self._link.send(group)
+            await self._send_groups()
+        else:
+            await self._outbox.spill()
+
+    def _check_size(self, group: Group) -> None:
+        """Raises EngineError for a group that the trainer would not let in."""
+        size, limit = size_of(group) + _HEADER_BYTES, self._config.stream.max_message_mb << 20
+        if size > limit:
+            raise EngineError(f"a group of {size >> 20} MB: at most stream.max_message_mb ({limit >> 20}) can be sent")
 
     async def _generate(self, lease: Lease) -> tuple[list[Response], float]:
         """The responses and the seconds they took; after a failure tried again, once the engine was looked at."""
         if lease.group_size < 1:
             raise EngineError(f"a lease of {lease.group_size} responses: expected at least 1")
+        if not await _wait(self._outbox_has_room, self._config.stream.lease_timeout_s):
+            raise EngineError(f"{len(self._outbox)} finished groups wait for the trainer (rollout.spill_mb)")
         for attempts_left in reversed(range(_ATTEMPTS)):
             await self._engine_with_weights()
             started = time.monotonic()
@@ -548,12 +588,15 @@ def dense_rewards(
 
 
 def make_group(
-    lease: Lease, responses: Sequence[Response], rewards: Rewards, generate_s: float, grade_s: float
+    lease: Lease, trainer: str, responses: Sequence[Response], rewards: Rewards, generate_s: float, grade_s: float
 ) -> Group:
-    """The message for one lease's responses and their rewards."""
+    """The message for one lease's responses and their rewards; `trainer` is the process that leased it."""
     spans = [span for response in responses for span in response.spans]
     return Group(
         lease=lease.lease,
+        trainer=trainer,
+        epoch=lease.epoch,
+        prompt_id=lease.prompt_id,
         response_ids=np.concatenate([response.ids for response in responses]).astype(np.int32),
         lengths=np.array([response.ids.size for response in responses], np.int32),
         behaviour_logprobs=np.concatenate([response.logprobs for response in responses]).astype(np.float32),

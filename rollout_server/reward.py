@@ -1,8 +1,9 @@
 """Grading: the responses of a group against the gold answer, in processes that can be killed.
 
-A grading that hangs (`\\boxed{9^{9^{9^9}}}`) is ended with its process and scored 0; a thread could not be ended.
-math_verify's own time limits are signals and stay off: the pool's deadline is the limit. What is called is in
-`asyncppo.rewards`.
+What a model writes is not to be trusted: a grading that hangs (`\\boxed{9^{9^{9^9}}}`), or wants more memory than
+`reward.memory_mb`, ends with its process, and is a reward error (`reward.on_error`); a thread could not be ended. The
+next grading has a new process. math_verify's own time limits are signals and stay off: the pool's deadline is the
+limit. What is called is in `asyncppo.rewards`.
 """
 
 from __future__ import annotations
@@ -11,36 +12,54 @@ import asyncio
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pebble import ProcessExpired, ProcessPool
 
 from asyncppo.config import RewardConfig
 from asyncppo.errors import UserError
 from asyncppo.lifetime import die_with_parent
-from asyncppo.rewards import Grade, combined, grade, weights
+from asyncppo.rewards import Grade, Reward, combined, grade, weights
 
 log = logging.getLogger("rollout_server.reward")
 
 _START_S = 60.0
 """A worker must be up, with its imports, within this time."""
+_OUT_OF_MEMORY = 77
+"""Exit code of a worker that has met `reward.memory_mb`."""
 
 
 def _start_worker(parent: int, config: RewardConfig) -> None:
-    """Runs first in each worker: die with the server, leave signals to it, and import before the clock ticks."""
+    """Runs first in each worker: die with the server, leave signals to it, import before the clock ticks, and take no
+    more memory than `reward.memory_mb`."""
     die_with_parent(parent, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     combined(config)
+    limit = config.memory_mb << 20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _grade_texts(config: RewardConfig, texts: Sequence[str], answer: str) -> list[Grade]:
     """Runs in a worker: every text on its own, so that one that raises costs no other."""
-    function = combined(config)
+    function = _bounded(combined(config))
     return [grade(function, text, answer) for text in texts]
+
+
+def _bounded(function: Callable[[str, str], Reward]) -> Callable[[str, str], Reward]:
+    """A worker that has run out of memory ends: what it still holds would fail the gradings that come after."""
+
+    def reward(text: str, answer: str) -> Reward:
+        try:
+            return function(text, answer)
+        except MemoryError:
+            os._exit(_OUT_OF_MEMORY)
+
+    return reward
 
 
 class Grader:
@@ -56,10 +75,14 @@ class Grader:
         combined(config)
         self._config = config
         self._timeout_s = config.timeout_s
-        self._pool = ProcessPool(
-            max_workers=config.workers,
+        self._waiting = 0
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> ProcessPool:
+        return ProcessPool(
+            max_workers=self._config.workers,
             initializer=_start_worker,
-            initargs=(os.getpid(), config),
+            initargs=(os.getpid(), self._config),
             context=multiprocessing.get_context("spawn"),
         )
 
@@ -78,17 +101,41 @@ class Grader:
             grades = [one[0] if one else Grade(0.0, error=True) for one in alone]
         return grades or [Grade(0.0, error=True)] * len(texts)
 
-    async def _submit(self, config: RewardConfig, texts: Sequence[str], answer: str) -> list[Grade] | None:
-        job = self._pool.schedule(_grade_texts, args=(config, list(texts), answer), timeout=self._timeout_s)
+    async def _submit(
+        self, config: RewardConfig, texts: Sequence[str], answer: str, *, again: bool = True
+    ) -> list[Grade] | None:
+        """One job; None where its worker was killed or died. If the pool itself fails, the job has another one."""
+        self._waiting += 1
+        limit = _START_S + self._waiting * (_START_S + self._timeout_s)  # should every job before it kill its worker
+        pool = self._pool
+        waiting = asyncio.timeout(limit)
         try:
-            grades: list[Grade] = await asyncio.wrap_future(job)
+            async with waiting:
+                job = pool.schedule(_grade_texts, args=(config, list(texts), answer), timeout=self._timeout_s)
+                grades: list[Grade] = await asyncio.wrap_future(job)
         except TimeoutError:
-            log.warning("grading %d responses took longer than %g s: worker killed", len(texts), self._timeout_s)
-            return None
+            if not waiting.expired():
+                log.warning("grading %d responses took longer than %g s: worker killed", len(texts), self._timeout_s)
+                return None
+            await self._replace(pool, f"no answer within {limit:.0f} s")
         except ProcessExpired as error:
-            log.warning("a grading worker died (exit code %s) on %d responses", error.exitcode, len(texts))
+            why = "reward.memory_mb" if error.exitcode == _OUT_OF_MEMORY else f"exit code {error.exitcode}"
+            log.warning("a grading worker died (%s) on %d responses", why, len(texts))
             return None
-        return grades
+        except RuntimeError as error:  # pebble's word for a pool whose workers all died at a bad moment
+            await self._replace(pool, f"{type(error).__name__}: {error}")
+        else:
+            return grades
+        finally:
+            self._waiting -= 1
+        return await self._submit(config, texts, answer, again=False) if again else None
+
+    async def _replace(self, pool: ProcessPool, why: str) -> None:
+        """A new pool for one that is of no more use; whoever still waits for the old one is told so by its limit."""
+        if self._pool is pool:
+            log.error("the grading workers are replaced: %s", why)
+            self._pool = self._new_pool()
+            await asyncio.to_thread(_end, pool)
 
     async def self_test(self) -> None:
         """Start the workers; with math_verify, also grade a known-right and a known-wrong answer by that alone.
@@ -107,10 +154,15 @@ class Grader:
         if is_math and (right, wrong) != (Grade(1.0, False), Grade(0.0, False)):
             raise UserError(
                 f"the reward's self-test failed: \\boxed{{\\frac{{1}}{{2}}}} for 0.5 gave {right}, expected 1, and "
-                f"\\boxed{{0.3}} gave {wrong}, expected 0: check the installed math-verify and antlr4 runtime"
+                f"\\boxed{{0.3}} gave {wrong}, expected 0: check the installed math-verify and antlr4 runtime, and "
+                "that reward.memory_mb is enough for them"
             )
 
     def close(self) -> None:
         """End the workers, whatever they do."""
-        self._pool.stop()
-        self._pool.join(timeout=10)
+        _end(self._pool)
+
+
+def _end(pool: ProcessPool) -> None:
+    pool.stop()
+    pool.join(timeout=10)

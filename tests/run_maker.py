@@ -94,6 +94,8 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
         "stream/used": 8 * step,
         "stream/lapsed": 0,
         "stream/dropped": 0,
+        "stream/adopted": 0,
+        "stream/ignored": 0,
         "stream/malformed": 0,
         "swap/count": step,
         "swap/pause_s": 0.2,

@@ -84,7 +84,7 @@ def a_buffered(
     version: int, lease: int, prompt: Prompt | None = None, group: Group | None = None, uses: int = 0
 ) -> BufferedGroup:
     """A group that has arrived, of this oldest version."""
-    return BufferedGroup(lease, 0, prompt or a_prompt(lease), group or a_group_of_version(version, lease), uses)
+    return BufferedGroup(lease, lease, 0, prompt or a_prompt(lease), group or a_group_of_version(version, lease), uses)
 
 
 def a_hello(server: str = "alice", incarnation: str = "1", capacity: int = 4, **changes: Any) -> Hello:

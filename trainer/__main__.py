@@ -19,6 +19,7 @@ from asyncppo.config import Config, dump, load
 from asyncppo.errors import AsyncPPOError, ConfigError, EngineError, UserError
 from asyncppo.lifetime import die_with_parent, orphaned, stop_flag
 from asyncppo.logs import set_up_logging
+from asyncppo.waits import Watchdog, forget_statuses
 
 log = logging.getLogger("asyncppo.trainer")
 
@@ -85,7 +86,11 @@ def _run(
                 raise ConfigError(f"critic {index} has no address: give --address, or critic.addresses in the config")
             # The learner, which is told to stop when the supervisor is gone, still needs its critics in order to save.
             alone = orphaned(supervisor, _ORPHAN_S) if supervisor else lambda: False
-            return critic(config, index, given[0], lambda: should_stop() or alone())
+            by_learner = critic(config, index, given[0], lambda: should_stop() or alone())
+            if not by_learner and supervisor == os.getppid():
+                log.error("told to end, and neither by the learner nor by the supervisor, which starts it again")
+                return 1
+            return 0
         case _:
             raise ConfigError(f"--role {role}: expected all, learner or critic")
 
@@ -105,7 +110,10 @@ def _all(config: Config, arguments: list[str], resume: str, should_stop: Callabl
     check(config)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_bytes(dump(config))
-    return supervise(config, arguments, should_stop, directory / "logs")
+    forget_statuses(directory)
+    with Watchdog("supervisor", directory, config.guard.stall_s) as watchdog:
+        watchdog.code = supervise(config, arguments, should_stop, directory / "logs")
+        return watchdog.code
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from trainer.stream.buffer import BufferedGroup
 from trainer.stream.intake import Counts, Intake
 from trainer.stream.ledger import LedgerState
 from trainer.stream.prompts import Prompt
+from trainer.stream.state import StreamState
 
 _ARRAYS = [field.name for field in fields(Batch) if field.name not in ("version", "prompt_ids", "epochs")]
 
@@ -58,7 +59,8 @@ class Feed:
             if groups is None:
                 arrays = {}
             else:
-                batch = pack(groups, self._shards(groups), version)
+                mask_errors = self._config.reward.on_error == "mask"
+                batch = pack(groups, self._shards(groups), version, mask_errors=mask_errors)
                 names = {"prompt_ids": np.array(batch.prompt_ids), "epochs": np.array(batch.epochs)}
                 arrays = names | {name: getattr(batch, name) for name in _ARRAYS}
         shared = self._world.share(arrays)
@@ -111,10 +113,10 @@ class Feed:
         """The stream now."""
         return self._rank_0.counts()
 
-    def ledger_state(self) -> LedgerState:
+    def state(self) -> StreamState:
         """For a checkpoint; above rank 0 nobody looks at it."""
         if self._intake is None:
-            return LedgerState(next_position=0, unconsumed=[], admitted=0, consumed=0, dropped={})
+            return StreamState(LedgerState(next_position=0, unconsumed=[], admitted=0, consumed=0, dropped={}))
         return self._intake.state()
 
     @property

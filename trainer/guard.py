@@ -1,6 +1,6 @@
 """What watches over the updates: the brake, the skipped step, the alarm of critics that have become one.
 
-None of them changes a number while all is well.
+None of them changes a number while all is well. What they count is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import numpy as np
 from asyncppo.config import Config
 from asyncppo.errors import TrainingError
 from asyncppo.metrics import Journal
+from trainer.checkpoint import GuardState
 from trainer.model.policy import Scores
 from trainer.stream.batch import Batch
 from trainer.targets import Targets
 
 log = logging.getLogger("asyncppo.guard")
+
+FRESH = GuardState()
+"""Of a run that begins."""
 
 _ALARM_AFTER = 5
 """Steps in a row; one batch of equal rewards is no collapse."""
@@ -34,13 +38,13 @@ class Brake:
     same level.
     """
 
-    def __init__(self, config: Config, journal: Journal | None) -> None:
+    def __init__(self, config: Config, journal: Journal | None, before: GuardState = FRESH) -> None:
         self._guard = config.guard
         self._passes = config.passes
         self._bound = config.stream.max_staleness
         self._journal = journal
-        self._good = 0
-        self.level = 0
+        self.good_steps = before.good_steps
+        self.level = min(before.brake_level, self._passes - 1 + self._bound)
 
     @property
     def passes(self) -> int:
@@ -65,12 +69,12 @@ class Brake:
         elif limit is not None and gap > limit:
             reason = f"log-prob gap {gap:.3g}, above guard.max_logprob_gap {limit:g}"
         before = self.level
-        self._good = 0 if reason else self._good + (not math.isnan(ess))
+        self.good_steps = 0 if reason else self.good_steps + (not math.isnan(ess))
         if reason:
             self.level = min(self.level + 1, self._passes - 1 + self._bound)
-        elif self._good >= self._guard.recover_after and self.level:
+        elif self.good_steps >= self._guard.recover_after and self.level:
             self.level -= 1
-            self._good = 0
+            self.good_steps = 0
             reason = f"{self._guard.recover_after} good steps"
         if self.level == before:
             return
@@ -94,12 +98,12 @@ class SkippedSteps:
     The weights are as they were before; so is what is published. `RUN/skipped/version_N.npz` has the batch.
     """
 
-    def __init__(self, config: Config, journal: Journal | None) -> None:
+    def __init__(self, config: Config, journal: Journal | None, before: GuardState = FRESH) -> None:
         self._limit = config.guard.max_skipped
         self._directory = config.run_directory / "skipped"
         self._journal = journal
-        self._in_a_row = 0
-        self.count = 0
+        self.in_a_row = before.skipped_in_a_row
+        self.count = before.skipped
 
     def observe(self, skipped: int, batch: Batch, scores: Scores, targets: Targets) -> None:
         """After a step with so many skipped optimiser steps.
@@ -108,18 +112,18 @@ class SkippedSteps:
             TrainingError: too many steps in a row.
         """
         if not skipped:
-            self._in_a_row = 0
+            self.in_a_row = 0
             return
         self.count += skipped
-        self._in_a_row += 1
+        self.in_a_row += 1
         path = self._directory / f"version_{batch.version:08d}.npz"
         if self._journal:
             _dump(path, batch, scores, targets)
             self._journal.event("skipped", policy_version=batch.version, optimizer_steps=skipped, batch=str(path))
         log.warning("version %d: %d steps skipped, their gradient was not finite; see %s", batch.version, skipped, path)
-        if self._in_a_row >= self._limit:
+        if self.in_a_row >= self._limit:
             raise TrainingError(
-                f"{self._in_a_row} steps in a row had a loss or gradient that is not finite (guard.max_skipped): look "
+                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite (guard.max_skipped): look "
                 f"at {path}, lower actor.learning_rate, or go on from an older checkpoint"
             )
 
@@ -139,21 +143,22 @@ def _dump(path: Path, batch: Batch, scores: Scores, targets: Targets) -> None:
 class Alarm:
     """Says when the critics have collapsed into one, and when they no longer are. Rank 0 only."""
 
-    def __init__(self, config: Config, journal: Journal) -> None:
+    def __init__(self, config: Config, journal: Journal | None, before: GuardState = FRESH) -> None:
         self._limit = config.guard.min_separation
         self._journal = journal
-        self._below = 0
+        self.below = before.collapsed_for
 
     def observe(self, version: int, separation: float) -> None:
         """After a step, with `algorithm.separation` of its values; NaN (fewer than two critics) says nothing."""
         if math.isnan(separation):
             return
-        was = self._below >= _ALARM_AFTER
-        self._below = self._below + 1 if separation < self._limit else 0
-        now = self._below >= _ALARM_AFTER
+        was = self.below >= _ALARM_AFTER
+        self.below = self.below + 1 if separation < self._limit else 0
+        now = self.below >= _ALARM_AFTER
         if now == was:
             return
-        self._journal.event("critics_collapsed" if now else "critics_apart", policy_version=version, by=separation)
+        if self._journal:
+            self._journal.event("critics_collapsed" if now else "critics_apart", policy_version=version, by=separation)
         if now:
             log.warning(
                 "the critics have become one: their std is %.2g of their value's spread over tokens (guard."

@@ -11,17 +11,17 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from asyncppo import waits
 from asyncppo.config import Config
 from asyncppo.metrics import Journal
 from trainer import warm_start
-from trainer.checkpoint import Checkpoints, TrainerState
+from trainer.checkpoint import Checkpoints, GuardState, TrainerState
 from trainer.feed import Feed
-from trainer.guard import Alarm, Brake, SkippedSteps
+from trainer.guard import FRESH, Alarm, Brake, SkippedSteps
 from trainer.model.critics import NO_VALUES, Critics, Values
 from trainer.model.export import export
 from trainer.model.policy import Policy, Scores
@@ -38,7 +38,7 @@ log = logging.getLogger("asyncppo.learner")
 class Learner:
     """Trains from one policy version to the last. `critics`, `publisher` and `journal` are None on ranks above 0.
 
-    `critic_errors` comes from the checkpoint that the run goes on from.
+    `resumed` is from the checkpoint that the run goes on from.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Learner:
         critics: Critics | None,
         publisher: Publisher | None,
         journal: Journal | None,
-        critic_errors: Sequence[float] = (),
+        resumed: TrainerState | None = None,
     ) -> None:
         self._config = config
         self._world = world
@@ -59,18 +59,23 @@ class Learner:
         self._critics = critics
         self._publisher = publisher
         self._journal = journal
-        self._checkpoints = Checkpoints(config)
+        self._checkpoints = Checkpoints(config, journal, world.agree, critics.saved if critics else None)
         self._recorder = Recorder(config)
         self._samples = Samples(config, feed.tokenizer_directory) if journal and config.run.inspect_every else None
-        self._targets = TargetBuilder(config, critic_errors)
-        self._brake = Brake(config, journal)
-        self._skipped = SkippedSteps(config, journal)
-        self._alarm = Alarm(config, journal) if journal else None
+        self._targets = TargetBuilder(config, resumed.critic_errors if resumed else ())
+        counts = resumed.guard if resumed else FRESH
+        self._brake = Brake(config, journal, counts)
+        self._skipped = SkippedSteps(config, journal, counts)
+        self._alarm = Alarm(config, journal, counts) if journal else None
         self._saved_version = -1
+        if critics:
+            self._checkpoints.saved = critics.saved
 
     def run(self, version: int) -> int:
         """Train from this version to the last, or until a stop is asked for; returns the version reached."""
         self._saved_version = version or -1  # above 0 it comes from its checkpoint
+        if self._world.rank == 0:
+            self._feed.limit_staleness(self._brake.max_staleness)
         self._publish(version)
         if version == 0 and self._config.eval.at_start:
             self._evaluate(version)
@@ -80,13 +85,21 @@ class Learner:
             version += 1
         if version == self._config.run.steps and self._config.eval.at_end:
             self._evaluate(version)
+        if not self._checkpoints.settled():
+            self._saved_version = -1  # it is tried once more
         self._save(version)
         self._export(version)
+        self._checkpoints.wait()
         return version
 
     def _step(self, version: int) -> bool:
         """One batch: values, targets, `utd` passes, the next version. False when the run is to stop."""
-        step = StepRecord()
+        step = StepRecord(version)
+        waits.note(policy_version=version)
+        self._checkpoints.report()
+        if self._config.run.save_every and version % self._config.run.save_every == 0 and version:
+            with step.phase("checkpoint"):  # between two steps: what the last one did is on record
+                self._save(version)
         with step.phase("wait_for_batch"):
             batch = self._feed.take(version)  # B groups, none staler than the bound
         if batch is None:
@@ -104,9 +117,6 @@ class Learner:
                 step.add(self._policy.update(batch, scores, targets, use))
         with step.phase("publish"):
             self._publish(version + 1)
-        if self._config.run.save_every and (version + 1) % self._config.run.save_every == 0:
-            with step.phase("checkpoint"):
-                self._save(version + 1)
         self._record(step, batch, scores, values, targets)
         return True
 
@@ -147,30 +157,43 @@ class Learner:
     def _save(self, version: int) -> None:
         if version == self._saved_version:
             return
+        stream = self._feed.state()
         state = TrainerState(
             policy_version=version,
             critics=self._config.algorithm.critics,
             actor_path=self._config.actor.path,
             critic_paths=self._config.critic_paths,
             critic_errors=self._targets.errors,
-            ledger=self._feed.ledger_state(),
+            ledger=stream.ledger,
+            guard=self._guard_state(),
         )
 
         def write_parts(directory: Path) -> None:
-            self._world.barrier()  # rank 0 has made the directory
             self._policy.save(directory / "actor")
+            if self._world.rank == 0:
+                stream.write(directory / "stream")
             if self._critics:
                 self._critics.save(directory)
-            self._world.barrier()
 
-        path = self._checkpoints.save(state, write_parts, first_rank=self._world.rank == 0)
+        self._checkpoints.begin(state, write_parts, first_rank=self._world.rank == 0)
         self._saved_version = version
-        log.info("saved %s", path)
+
+    def _guard_state(self) -> GuardState:
+        return GuardState(
+            brake_level=self._brake.level,
+            good_steps=self._brake.good_steps,
+            skipped=self._skipped.count,
+            skipped_in_a_row=self._skipped.in_a_row,
+            collapsed_for=self._alarm.below if self._alarm else 0,
+        )
 
     def _export(self, version: int) -> None:
         weights = self._policy.weights()
         if self._world.rank == 0:
             directory = self._config.run_directory / "actor"
+            partial = directory.with_name(".partial-actor")
+            shutil.rmtree(partial, ignore_errors=True)
+            export(self._policy.network.hf, weights, partial, self._feed.tokenizer_directory)
             shutil.rmtree(directory, ignore_errors=True)
-            export(self._policy.network.hf, weights, directory, self._feed.tokenizer_directory)
+            partial.rename(directory)
             log.info("version %d of the actor is in %s, an ordinary Hugging Face directory", version, directory)

@@ -49,8 +49,9 @@ from trainer.publish import Publisher
 from trainer.stream.buffer import BufferedGroup
 from trainer.stream.dynamic_sampling import DynamicSampling
 from trainer.stream.intake import Counts, Intake
-from trainer.stream.ledger import NO_SIGNAL, LedgerState
+from trainer.stream.ledger import LedgerState
 from trainer.stream.prompts import Prompt, Prompts
+from trainer.stream.state import StreamState
 
 log = logging.getLogger("asyncppo.plain")
 
@@ -248,7 +249,8 @@ class SampledIntake:
         self._batch = config.stream.prompts_per_batch
         self._dynamic = DynamicSampling(config)
         self._loaded = -1
-        self._leases = self._consumed = self._refused = self._announced = 0
+        self._leases = self._consumed = self._announced = 0
+        self._refused = Counter[str]()  # by reason
         self.tokens = Counter[int]()
         """Response tokens drawn so far, by what for."""
         self.cpu_of_takes: list[float] = []
@@ -282,7 +284,7 @@ class SampledIntake:
     def _draw(
         self, source: Iterator[tuple[int, tuple[int, Prompt]]], count: int, version: int, purpose: int
     ) -> list[BufferedGroup]:
-        """So many groups, less those without a signal where they are to be dropped."""
+        """So many groups, less those that are not to be trained on."""
         drawn_by = max(0, version - min(self._lag, self._max_staleness))
         numbered = [next(source) for _ in range(count)]
         seed = (self._config.run.seed, version, purpose, numbered[0][0])
@@ -290,12 +292,13 @@ class SampledIntake:
         prompts = [prompt for _, prompt in pairs]
         groups = self._answer(prompts, self._config.sampling.group_size, drawn_by, seed, is_training=True)
         self.tokens[purpose] += sum(int(group.lengths.sum()) for group in groups)
-        held = [
-            BufferedGroup(group.lease, epoch, prompt, group)
-            for (epoch, prompt), group in zip(pairs, groups, strict=True)
-            if not self._dynamic.refuses(group)
-        ]
-        self._refused += count - len(held)
+        held = []
+        for (epoch, prompt), group in zip(pairs, groups, strict=True):
+            refusal = self._dynamic.refusal(group)
+            if refusal is None:
+                held.append(BufferedGroup(group.lease, group.lease, epoch, prompt, group))
+            else:
+                self._refused[refusal] += 1
         return held
 
     def evaluate(self, prompts: Sequence[Prompt], version: int, should_stop: Callable[[], bool]) -> list[Group] | None:
@@ -374,9 +377,9 @@ class SampledIntake:
             servers=1,
             in_flight=0,
             buffered=0,
-            admitted=self._consumed + self._refused,
+            admitted=self._consumed + self._refused.total(),
             consumed=self._consumed,
-            dropped={NO_SIGNAL: self._refused} if self._refused else {},
+            dropped=dict(self._refused),
             malformed=0,
             swaps=self._announced,
             swap_pause_s=0.0,
@@ -384,9 +387,9 @@ class SampledIntake:
             idle_s=0.0,
         )
 
-    def state(self) -> LedgerState:
+    def state(self) -> StreamState:
         """For a checkpoint; a plain run is never resumed."""
-        return LedgerState(next_position=0, unconsumed=[], admitted=0, consumed=0, dropped={})
+        return StreamState(LedgerState(next_position=0, unconsumed=[], admitted=0, consumed=0, dropped={}))
 
 
 def check(config: Config, lag: int) -> None:

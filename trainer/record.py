@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncppo import algorithm
+from asyncppo import algorithm, waits
 from asyncppo.config import Config
 from trainer.model.critics import Values
 from trainer.model.policy import Scores
@@ -62,6 +62,8 @@ class Recorder:
             "stream/used": counts.used,
             "stream/lapsed": counts.lapsed,
             "stream/dropped": sum(counts.dropped.values()),
+            "stream/adopted": counts.adopted,
+            "stream/ignored": sum(counts.ignored.values()),
             "stream/malformed": counts.malformed,
             "swap/count": counts.swaps,
             "swap/pause_s": counts.swap_pause_s,
@@ -93,9 +95,10 @@ class Recorder:
 
 
 class StepRecord:
-    """Collects one step."""
+    """Collects the step that trains `version`."""
 
-    def __init__(self) -> None:
+    def __init__(self, version: int) -> None:
+        self.version = version
         self.started = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.passes = 0
@@ -109,9 +112,10 @@ class StepRecord:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times a block."""
+        """Times a block, and tells the watchdog of it."""
         started = time.monotonic()
-        yield
+        with waits.phase(f"{name.replace('_', ' ')} of version {self.version}"):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from asyncppo.config import Config
 from asyncppo.errors import ConfigError
 from asyncppo.messages import ToCritic, ToLearner
 from asyncppo.metrics import Journal
 from asyncppo.transport.zmq import ZmqChannel, ZmqHub, check_address
+from asyncppo.waits import Watchdog, phase
 from trainer import preflight
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import Checkpoints, TrainerState, choose
 from trainer.feed import Feed
 from trainer.learner import Learner
 from trainer.model.critic import Critic, serve
@@ -21,6 +24,7 @@ from trainer.model.world import World
 from trainer.publish import Publisher
 from trainer.stream.intake import Intake
 from trainer.stream.prompts import Prompts
+from trainer.stream.state import StreamState
 
 log = logging.getLogger("asyncppo.trainer")
 
@@ -52,36 +56,52 @@ def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callab
         )
     check_addresses([config.stream.address, *critic_addresses], config.stream.insecure)
     data = preflight.load_data(config)
-    world = World()
+    with Watchdog(_ranked("learner"), config.run_directory, config.guard.stall_s) as watchdog:
+        return _learner(config, critic_addresses, data, should_stop, watchdog)
+
+
+def _learner(
+    config: Config,
+    critic_addresses: Sequence[str],
+    data: preflight.Data,
+    should_stop: Callable[[], bool],
+    watchdog: Watchdog,
+) -> int:
+    world = World(_collective_s(config))
     first = world.rank == 0
     critics = intake = publisher = journal = None
     if first:  # answer servers before the models are loaded: their engines start meanwhile
         hub = ZmqHub(config.stream.address, config.stream.max_message_mb << 20)
         journal = Journal(config.run_directory)
+        watchdog.journal = journal.event
         prompts = Prompts(data.train, config.run.seed, config.data.shuffle)
         intake = Intake(config, hub, prompts, preflight.identity(config), journal)
-        critics = Critics(config, [ZmqChannel(address, ToLearner, bind=False) for address in critic_addresses])
+        channels = [ZmqChannel(address, ToLearner, bind=False) for address in critic_addresses]
+        come_back = config.critic.restarts > 0 or bool(config.critic.addresses)
+        critics = Critics(config, channels, journal.event, come_back=come_back)
         log.info("listening for rollout servers on %s", hub.address)
     reason, complete = "the trainer failed", False
     try:
-        resumed = Checkpoints(config).latest()
+        resumed = choose(Checkpoints(config, journal) if first else None, world.share_text)
         version = resumed[1].policy_version if resumed else 0
-        if intake:
-            intake.start(resumed[1].ledger if resumed else None)
+        if intake and journal:
+            intake.start(_stream(config, resumed, journal))
             publisher = Publisher(config, data.tokenizer_directory)
-        policy = Policy(config, world)
+        with phase("building the actor"):
+            policy = Policy(config, world)
         if critics:
             critics.wait_until_ready()
         if resumed:
-            policy.load(resumed[0] / "actor")
+            with phase("loading the actor's state"):
+                policy.load(resumed[0] / "actor")
             if critics:
                 critics.load(resumed[0])
             log.info("going on from %s", resumed[0])
-        errors = resumed[1].critic_errors if resumed else ()
         feed = Feed(config, world, intake, journal, data.eval_sets, data.tokenizer_directory, should_stop)
         if journal:
             journal.event("start", version=version, resumed=bool(resumed))
-        reached = Learner(config, world, feed, policy, critics, publisher, journal, errors).run(version)
+        before = resumed[1] if resumed else None
+        reached = Learner(config, world, feed, policy, critics, publisher, journal, before).run(version)
         complete = reached == config.run.steps
         reason = "the run is complete" if complete else "the trainer was stopped"
         if journal:
@@ -99,20 +119,54 @@ def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callab
         world.close()
 
 
-def critic(config: Config, index: int, address: str, should_stop: Callable[[], bool]) -> int:
-    """One rank of a critic, until the learner stops it; returns the exit code.
+def _stream(config: Config, resumed: tuple[Path, TrainerState] | None, journal: Journal) -> StreamState | None:
+    """The stream of the checkpoint that the run goes on from, if there is one; the journal is cut where it was made."""
+    if resumed is None:
+        state, metrics_bytes, ledger_bytes = None, 0, 0
+    else:
+        path, trainer = resumed
+        state = StreamState.read(trainer.ledger, path / "stream", config.stream.max_message_mb << 20)
+        metrics_bytes, ledger_bytes = trainer.ledger.metrics_bytes, trainer.ledger.ledger_bytes
+    steps = journal.roll_back(metrics_bytes, ledger_bytes)
+    if steps:
+        version = resumed[1].policy_version if resumed else 0
+        log.warning("%d steps after version %d are in no checkpoint: they are done again", steps, version)
+        journal.event("rolled_back", steps=steps, version=version)
+    return state
+
+
+def critic(config: Config, index: int, address: str, should_stop: Callable[[], bool]) -> bool:
+    """One rank of a critic, until the learner stops it or this process is told to end; whether it was the learner.
 
     Raises:
         UserError: what was given cannot work.
     """
     check_addresses([address], config.stream.insecure)
     preflight.check_models(config)
-    world = World()
-    channel = ZmqChannel(address, ToCritic, bind=True) if world.rank == 0 else None
-    try:
-        serve(Critic(config, index, world), channel, index, world, should_stop)
-        return 0
-    finally:
-        if channel:
-            channel.close()
-        world.close()
+    with Watchdog(_ranked(f"critic {index}"), config.run_directory, config.guard.stall_s):
+        world = World(_collective_s(config))
+        channel = ZmqChannel(address, ToCritic, bind=True) if world.rank == 0 else None
+        try:
+            with phase("building the critic"):
+                member = Critic(config, index, world)
+            return serve(member, channel, index, world, should_stop)
+        finally:
+            if channel:
+                channel.close()
+            world.close()
+
+
+def _ranked(role: str) -> str:
+    """The role, and which of its processes this one is."""
+    rank = os.environ.get("RANK", "0")
+    return role if rank == "0" else f"{role} rank {rank}"
+
+
+def _collective_s(config: Config) -> float:
+    """How long one rank may wait for another: rank 0 waits for the stream and the critics meanwhile.
+
+    A rank that hangs is ended by its own watchdog long before.
+    """
+    stream = config.stream.batch_timeout_s * max(1, len(config.eval.sets))
+    critics = config.critic.timeout_s * (2 + config.critic.restarts)  # some of them may have to catch up
+    return config.guard.stall_s + max(stream, critics)

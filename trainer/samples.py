@@ -135,12 +135,13 @@ class Samples:
 
 
 def _choose(batch: Batch) -> int:
-    """The first group whose rewards differ, else group 0."""
-    for group in range(len(batch.prompt_ids)):
+    """The first group whose rewards differ, else the first."""
+    groups: list[int] = np.unique(batch.group_index).tolist()
+    for group in groups:
         rewards = batch.rewards[batch.group_index == group]
         if rewards.min() < rewards.max():
             return group
-    return 0
+    return groups[0]
 
 
 def _ranks(std: Float32) -> Float32:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ import torch
 
 from asyncppo import algorithm
 from asyncppo.config import Config, CriticConfig
-from asyncppo.errors import MessageError
+from asyncppo.errors import CheckpointError, MessageError
 from asyncppo.messages import (
     CriticFailed,
     CriticReady,
     Done,
     ExportCritic,
+    ForCritic,
     Learn,
     Learned,
     LoadCritic,
@@ -29,6 +32,7 @@ from asyncppo.messages import (
     Stop,
 )
 from asyncppo.transport.base import Channel
+from asyncppo.waits import phase, waiting
 from trainer.model.build import build_engine
 from trainer.model.export import export, whole_weights
 from trainer.model.networks import ValueNet, files_of
@@ -36,6 +40,14 @@ from trainer.model.packing import Indices, gather, minibatches, plan
 from trainer.model.world import World
 
 log = logging.getLogger("asyncppo.critic")
+
+NOTHING = object()
+"""No message has come yet."""
+_NOTHING = "nothing"
+_READY_S = 5.0
+"""CriticReady is sent this often, until the learner has said something."""
+_SHARE_S = 30.0
+"""Rank 0 of a critic tells the others this often that nothing has come."""
 
 
 def warm_started(config: Config) -> Path | None:
@@ -66,13 +78,15 @@ class Critic:
         if begun is not None:
             self.start(begun / f"critic_{index}")
         elif self._warming:
-            self._build(
-                str(self._settings.path),
-                _warm(self._settings),
-                self._settings.warmup_batches * self._settings.minibatches,
-            )
+            self.warm_up()
         else:
             self.start(str(self._settings.path))
+
+    def warm_up(self) -> None:
+        """Begin as the warm start does, with its own optimiser."""
+        steps = self._settings.warmup_batches * self._settings.minibatches
+        self._build(str(self._settings.path), _warm(self._settings), steps)
+        self._warming = True
 
     def start(self, path: Path | str) -> None:
         """Begin anew, as a run does, from a checkpoint: another optimiser, and the schedule from its start."""
@@ -189,60 +203,112 @@ def _explained(values: torch.Tensor, returns: torch.Tensor, tokens: torch.Tensor
 
 def serve(
     critic: Critic, channel: Channel | None, index: int, world: World, should_stop: Callable[[], bool] = lambda: False
-) -> None:
-    """Answer the learner until it says Stop, or this process is told to.
+) -> bool:
+    """Answer the learner until it says Stop, or this process is told to; returns whether it was the learner.
 
-        consumes      Learn, SaveCritic, LoadCritic, ExportCritic, StartCritic
-        produces      CriticReady first, then Learned or Done for each; CriticFailed before it ends with an error
+        consumes      Learn, SaveCritic, LoadCritic, ExportCritic, StartCritic, of its own session only
+        produces      CriticReady until something comes, then Learned or Done for each; CriticFailed before an error
         waits for     the learner, without a limit of its own: the supervisor ends this process when the learner ends
         unblocked by  the channel, `should_stop`
 
     Rank 0 has the channel and shares what comes with the other ranks.
     """
-    _send(channel, CriticReady(index=index, parameters=critic.parameters), should_stop)
+    line = _Line(channel, should_stop, CriticReady(index=index, parameters=critic.parameters, session=uuid.uuid4().hex))
     while True:
-        message = _shared(_next(channel, should_stop), world)
+        with waiting("the learner", math.inf) as wait:
+            message = NOTHING
+            while (
+                message is NOTHING
+            ):  # shared again and again: the other ranks' wait has a limit, the learner's has not
+                message = _shared(line.next(_SHARE_S if world.size > 1 else math.inf), world)
+                wait.renew()
         try:
-            match message:
-                case Learn():
-                    answer: Learned | Done = critic.learn(message)
-                case SaveCritic():
-                    critic.save(Path(message.directory))
-                    answer = Done()
-                case LoadCritic():
-                    critic.load(Path(message.directory))
-                    answer = Done()
-                case ExportCritic():
-                    critic.export(Path(message.directory))
-                    answer = Done()
-                case StartCritic():
-                    critic.start(message.directory)
-                    answer = Done()
-                case _:
-                    return
+            with phase(type(message).__name__):
+                answer = _answer(critic, message, world)
         except Exception as error:
-            _send(channel, CriticFailed(reason=f"{type(error).__name__}: {error}"), should_stop)
+            line.send(CriticFailed(reason=f"{type(error).__name__}: {error}", session=line.session))
             raise
-        _send(channel, answer, should_stop)
+        if answer is None:
+            return line.told_by_learner
+        line.send(msgspec.structs.replace(answer, session=line.session))
 
 
-def _send(channel: Channel | None, message: Message, should_stop: Callable[[], bool]) -> None:
-    while channel is not None and not channel.send(message) and not should_stop():
-        log.debug("the learner has not come yet, or is gone")
+def _answer(critic: Critic, message: Any, world: World) -> Learned | Done | None:
+    match message:
+        case Learn():
+            return critic.learn(message)
+        case SaveCritic():
+            return _written(lambda: critic.save(Path(message.directory)), world)
+        case ExportCritic():
+            return _written(lambda: critic.export(Path(message.directory)), world)
+        case LoadCritic():
+            critic.load(Path(message.directory))
+        case StartCritic() if message.directory:
+            critic.start(message.directory)
+        case StartCritic():
+            critic.warm_up()
+        case _:
+            return None
+    return Done()
 
 
-def _next(channel: Channel | None, should_stop: Callable[[], bool]) -> Any:
-    while channel is not None and not should_stop():
-        try:
-            message = channel.receive(0.5)
-        except MessageError as error:
-            log.warning("dropped: a message %s", error)
-            continue
-        if message is not None:
-            return message
-    if channel is not None:
-        channel.send(CriticFailed(reason="it was told to end, and not by the learner"))
-    return Stop(reason="")
+def _written(write: Callable[[], None], world: World) -> Done:
+    """A disk that is full is no reason to lose what the critic has learned: the learner hears of it."""
+    failure = ""
+    try:
+        write()
+    except (OSError, CheckpointError) as error:
+        failure = f"{type(error).__name__}: {error}"
+        log.error("not written: %s", failure)
+    everywhere = world.agree(not failure)
+    return Done(failure=failure or ("" if everywhere else "another rank could not write its part; its log says why"))
+
+
+class _Line:
+    """Rank 0's line to the learner; other ranks have none."""
+
+    def __init__(self, channel: Channel | None, should_stop: Callable[[], bool], ready: CriticReady) -> None:
+        self.told_by_learner = True
+        self._channel = channel
+        self._should_stop = should_stop
+        self._ready = ready
+        self._is_known = False
+        self._ready_at = -math.inf
+
+    @property
+    def session(self) -> str:
+        """Of this process."""
+        return self._ready.session
+
+    def send(self, message: Message) -> None:
+        """Send, however long the learner is away; not when this process is told to end."""
+        while self._channel is not None and not self._channel.send(message) and not self._should_stop():
+            log.debug("the learner has not come yet, or is gone")
+
+    def next(self, limit_s: float) -> Any:
+        """The learner's next message to this very process; `NOTHING` after the limit."""
+        if self._channel is None:
+            return NOTHING
+        deadline = time.monotonic() + limit_s
+        while not self._should_stop():
+            if not self._is_known and time.monotonic() - self._ready_at >= _READY_S:
+                self.send(self._ready)
+                self._ready_at = time.monotonic()
+            try:
+                message = self._channel.receive(0.5)
+            except MessageError as error:
+                log.warning("dropped: a message %s", error)
+                continue
+            if isinstance(message, ForCritic) and message.session != self.session:
+                log.info("dropped: %s for a process before this one", type(message).__name__)
+            elif message is not None:
+                self._is_known = True
+                return message
+            if time.monotonic() >= deadline:
+                return NOTHING
+        self._channel.send(CriticFailed(reason="it was told to end, and not by the learner", session=self.session))
+        self.told_by_learner = False
+        return Stop(reason="")
 
 
 _LEARN_ARRAYS = ("input_ids", "sequence_lengths", "response_lengths", "rewards", "shard", "group_index")
@@ -255,13 +321,15 @@ def _shared(message: Any, world: World) -> Any:
         return message
     arrays: dict[str, Any] | None = None
     if world.rank == 0:
-        kind = type(message).__name__
+        kind = _NOTHING if message is NOTHING else type(message).__name__
         text = getattr(message, "directory", "")
         arrays = {"kind": np.array(kind), "text": np.array(text)}
         if isinstance(message, Learn):
             arrays |= {"step": np.array(message.step)} | {name: getattr(message, name) for name in _LEARN_ARRAYS}
     shared = world.share(arrays)
     kind = str(shared["kind"])
+    if kind == _NOTHING:
+        return NOTHING
     if kind == "Learn":
         given: dict[str, Any] = {name: shared[name] for name in _LEARN_ARRAYS}
         return Learn(step=int(shared["step"]), **given)

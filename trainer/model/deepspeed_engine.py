@@ -15,11 +15,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from asyncppo.config import ModelConfig
-from asyncppo.errors import CheckpointError
-from trainer.model.engine import StepReport, schedule
+from trainer.model import states
+from trainer.model.engine import StepReport, begin_adam, schedule, set_schedule
 from trainer.model.world import World
 
-_TAG = "state"
 _BUCKET = 500_000_000
 """Elements of a communication bucket, DeepSpeed's default; a smaller model has smaller ones."""
 
@@ -71,14 +70,81 @@ class DeepSpeedEngine:
                 yield name, parameter.detach()
 
     def save(self, directory: Path) -> None:
-        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        steps = max((int(state["step"]) for state in self._adam.state.values() if state), default=0)
+        progress = states.Progress(steps, self._schedule.last_epoch)
+        fragments = self._fragments(steps > 0)
+        states.write(
+            directory,
+            fragments,
+            self._shapes(),
+            progress,
+            self._world.device,
+            rank=self._world.rank,
+            ranks=self._world.size,
+        )
 
     def load(self, directory: Path) -> None:
-        if not (directory / _TAG).is_dir():
-            raise CheckpointError(f"{directory}: expected DeepSpeed's {_TAG}/ in it")
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
-        if path is None:
-            raise CheckpointError(f"{directory}: DeepSpeed could not load it")
+        saved = states.SavedState(directory, self._shapes())
+        for masters in self._masters():
+            begin_adam(self._adam, masters, saved.progress.optimizer_steps)
+        if self._zero3:
+            self._zero.checkpoint_event_prologue()  # lets go of the whole weights that it holds
+        for fragment in self._fragments(moments=True):
+            saved.read_into(fragment)
+        if self._zero3:  # from the masters to the weights that are trained with
+            for group in range(len(self._masters())):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._zero.checkpoint_event_epilogue()
+        else:
+            self._zero.update_lp_params()
+        set_schedule(self._schedule, saved.progress.schedule_steps)
+        saved.restore_random_state(self._world.device, self._world.rank, self._world.size)
+
+    @property
+    def _zero(self) -> Any:
+        return self._engine.optimizer
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        adam: torch.optim.Optimizer = self._zero.optimizer
+        return adam
+
+    def _masters(self) -> list[torch.Tensor]:
+        """This rank's float32 weights, flat: one tensor for each group."""
+        name = "fp32_partitioned_groups_flat" if self._zero3 else "single_partition_of_fp32_groups"
+        masters: list[torch.Tensor] = getattr(self._zero, name)
+        return masters
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self._engine.module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def _fragments(self, moments: bool) -> Iterator[states.Fragment]:
+        """What this rank owns of every parameter: views of its masters and, if they are there, moments."""
+        for name, parameter in self._engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            group, offset, start, count = self._owned(parameter)
+            if count:
+                masters = self._masters()[group]
+                yield states.Fragment(states.WEIGHT, name, start, masters.detach().narrow(0, offset, count))
+                for kind in states.MOMENTS if moments else ():
+                    yield states.Fragment(kind, name, start, self._adam.state[masters][kind].narrow(0, offset, count))
+
+    def _owned(self, parameter: Any) -> tuple[int, int, int, int]:
+        """Group of masters, first element in it, first element of the flattened parameter, and how many."""
+        if self._zero3:  # equal parts, the last padded
+            group, offset, count = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            start = count * self._world.rank
+            return group, offset, start, max(0, min(count, parameter.ds_numel - start))
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, 0, 0, 0
+        there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return mapping.param_group_index, there.start, here.start, there.numel
 
 
 def _find_ninja() -> None:

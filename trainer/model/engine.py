@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from asyncppo.config import ModelConfig
-from asyncppo.errors import CheckpointError
+from trainer.model import states
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,19 @@ class TrainableEngine(Protocol):
         """Every parameter whole, by its name in the network. All ranks have to iterate to the end."""
 
     def save(self, directory: Path) -> None:
-        """Write weights, optimiser and schedule. All ranks have to call it."""
+        """Write weights, optimiser, schedule and random state (`trainer/model/states.py`). All ranks have to call it,
+        and none waits for another, so that one that fails leaves the others unharmed.
+
+        Raises:
+            CheckpointError: this rank could not write.
+        """
 
     def load(self, directory: Path) -> None:
-        """Go on from `save`. All ranks have to call it."""
+        """Go on from `save`, by any engine on any number of ranks. All ranks have to call it.
+
+        Raises:
+            CheckpointError: nothing there, or not of this network.
+        """
 
 
 def schedule(model: ModelConfig, total_steps: int) -> Callable[[int], float]:
@@ -72,6 +81,7 @@ class PlainEngine:
 
     def __init__(self, network: nn.Module, model: ModelConfig, total_steps: int, device: torch.device) -> None:
         self.network = network.to(device).train()
+        self._device = device
         self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._max_norm = model.max_grad_norm
         self._optimizer = torch.optim.AdamW(
@@ -101,19 +111,43 @@ class PlainEngine:
             yield name, parameter.detach()
 
     def save(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        state = {
-            "network": self.network.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-        }
-        torch.save(state, directory / "plain.pt")
+        steps = max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
+        progress = states.Progress(steps, self._schedule.last_epoch)
+        states.write(directory, self._fragments(steps > 0), self._shapes(), progress, self._device)
 
     def load(self, directory: Path) -> None:
-        path = directory / "plain.pt"
-        if not path.is_file():
-            raise CheckpointError(f"{directory}: expected plain.pt in it")
-        state = torch.load(path, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
+        saved = states.SavedState(directory, self._shapes())
+        for parameter in self._parameters:
+            begin_adam(self._optimizer, parameter, saved.progress.optimizer_steps)
+        for fragment in self._fragments(moments=True):
+            saved.read_into(fragment)
+        set_schedule(self._schedule, saved.progress.schedule_steps)
+        saved.restore_random_state(self._device, 0, 1)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def _fragments(self, moments: bool) -> Iterator[states.Fragment]:
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                yield states.Fragment(states.WEIGHT, name, 0, parameter.detach().view(-1))
+                for kind in states.MOMENTS if moments else ():
+                    yield states.Fragment(kind, name, 0, self._optimizer.state[parameter][kind].view(-1))
+
+
+def begin_adam(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, steps: int) -> None:
+    """Give AdamW (PyTorch's, or DeepSpeed's on the CPU) its state of a tensor; its moments are to be filled in."""
+    state = optimizer.state[tensor]
+    for kind in states.MOMENTS:
+        if kind not in state:
+            state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+    state["step"] = torch.tensor(float(steps)) if isinstance(optimizer, torch.optim.AdamW) else steps
+
+
+def set_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) -> None:
+    """Put a schedule where it is after so many steps. Its peak and its course are those of the config as it is now."""
+    rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    place = {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates}
+    schedule.load_state_dict(schedule.state_dict() | place)
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

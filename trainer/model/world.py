@@ -1,4 +1,4 @@
-"""World: the ranks of one role, and the three things they do together. A role's world is its own, on its own port."""
+"""World: the ranks of one role, and the few things they do together. A role's world is its own, on its own port."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch._C._distributed_c10d import HashStore
 
-_TIMEOUT = timedelta(hours=2)
+from asyncppo.waits import waiting
+
+_DEFAULT_TIMEOUT_S = 7200.0
 
 
 class World:
@@ -22,9 +24,13 @@ class World:
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them it is one
     process.
+
+    Args:
+        timeout_s: a rank that waits longer than this for another ends with an error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = _DEFAULT_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
@@ -37,7 +43,9 @@ class World:
         if not dist.is_initialized():
             backend = "nccl" if cuda else "gloo"
             store = HashStore() if self.size == 1 else None  # one process needs no port
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_TIMEOUT)
+            timeout = timedelta(seconds=timeout_s)
+            with waiting(f"the {self.size} ranks to meet", timeout_s):
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
     def share(self, arrays: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
         """Rank 0's arrays, on every rank. Nothing is pickled."""
@@ -50,25 +58,36 @@ class World:
             np.savez(file, **arrays)  # type: ignore[arg-type]
             data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).to(self.device)
         length = torch.tensor([data.numel() if self.rank == 0 else 0], dtype=torch.int64, device=self.device)
-        dist.broadcast(length, 0)
-        if self.rank != 0:
-            data = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
-        dist.broadcast(data, 0)
+        with waiting("the other ranks" if self.rank == 0 else "what rank 0 has to share", self._timeout_s):
+            dist.broadcast(length, 0)
+            if self.rank != 0:
+                data = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
+            dist.broadcast(data, 0)
         if self.rank == 0:
             return dict(arrays or {})
         with np.load(io.BytesIO(data.cpu().numpy().tobytes()), allow_pickle=False) as loaded:
             return {name: loaded[name] for name in loaded.files}
 
+    def share_text(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        return str(self.share({"text": np.array(text)} if self.rank == 0 else None)["text"])
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, on every rank, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with waiting("all ranks to add up", self._timeout_s):
+                dist.all_reduce(tensor)
         return tensor
+
+    def agree(self, good: bool) -> bool:
+        """Whether something is so on all ranks; the same answer on every rank."""
+        return not float(self.sum(torch.tensor(float(not good), device=self.device)))
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            with waiting("all ranks to come to one place", self._timeout_s):
+                dist.barrier()
 
     def close(self) -> None:
         """Leave the process group."""

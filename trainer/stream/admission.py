@@ -37,12 +37,17 @@ class Admission:
 
     def allows(self, served: int) -> bool:
         """Whether a server that serves this version may have one more prompt."""
-        if len(self._buffer) >= self._ready:
-            return False
+        return len(self._buffer) < self._ready and self.allows_finished(served)
+
+    def allows_finished(self, oldest_version: int) -> bool:
+        """Whether a group that is generated already may come in, with this oldest version: rule (1) alone.
+
+        `stream.ready_batches` only paces what is still to be generated.
+        """
         return may_admit(
             demands(self._groups(), version=self.version),
-            oldest_version=served,
-            max_staleness=min(self.limit, self._last - served),
+            oldest_version=oldest_version,
+            max_staleness=min(self.limit, self._last - oldest_version),
             version=self.version,
             batch=self._batch,
             utd=self._ledger.utd,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ class Batch:
     rewards: Float32  # [N] of the whole response
     step_rewards: Float32  # [T] process rewards of tokens that complete a step, 0 elsewhere
     truncated: UInt8  # [N]
-    reward_errors: UInt8  # [N]
+    reward_errors: Int32  # [B] responses whose grading failed; masked ones (`reward.on_error`) are none of the N
     group_index: Int32  # [N] 0..B-1
     shard: Int32  # [N] the critic that learns from the response; -1 where all do, or none
     oldest_versions: Int32  # [B]
@@ -50,13 +50,17 @@ class Batch:
         return (self.version - self.oldest_versions).astype(np.int32)
 
 
-def pack(groups: Sequence[BufferedGroup], shards: Sequence[Sequence[int]], version: int) -> Batch:
+def pack(
+    groups: Sequence[BufferedGroup], shards: Sequence[Sequence[int]], version: int, *, mask_errors: bool = False
+) -> Batch:
     """One Batch from groups.
 
     Args:
         groups: B groups.
         shards: for each group, the critic of each response.
         version: the version about to be trained.
+        mask_errors: leave out the responses whose grading failed (`reward.on_error: mask`). They are in no loss, no
+            group's statistics, no shard, no denominator and no mean, because they are not in the batch.
     """
     sequences: list[Int32] = []
     for held in groups:
@@ -64,7 +68,7 @@ def pack(groups: Sequence[BufferedGroup], shards: Sequence[Sequence[int]], versi
         sequences += [np.concatenate((held.prompt.prompt_ids, ids)) for ids in np.split(held.group.response_ids, ends)]
     sizes = [len(held.group.lengths) for held in groups]
     whole = [held.group for held in groups]
-    return Batch(
+    batch = Batch(
         version=version,
         input_ids=np.concatenate(sequences).astype(np.int32, copy=False),
         sequence_lengths=np.array([len(sequence) for sequence in sequences], dtype=np.int32),
@@ -75,7 +79,7 @@ def pack(groups: Sequence[BufferedGroup], shards: Sequence[Sequence[int]], versi
         rewards=np.concatenate([group.rewards for group in whole]),
         step_rewards=np.concatenate([_step_rewards(group) for group in whole]),
         truncated=np.concatenate([group.truncated for group in whole]),
-        reward_errors=np.concatenate([group.reward_errors for group in whole]),
+        reward_errors=np.array([group.reward_errors.sum() for group in whole], dtype=np.int32),
         group_index=np.repeat(np.arange(len(groups), dtype=np.int32), sizes),
         shard=np.concatenate([np.asarray(shard, dtype=np.int32) for shard in shards]),
         oldest_versions=np.array([held.oldest_version for held in groups], dtype=np.int32),
@@ -83,6 +87,23 @@ def pack(groups: Sequence[BufferedGroup], shards: Sequence[Sequence[int]], versi
         prompt_ids=tuple(held.prompt.prompt_id for held in groups),
         epochs=tuple(held.epoch for held in groups),
     )
+    graded = np.concatenate([group.reward_errors for group in whole]) == 0
+    return _only(batch, graded) if mask_errors and not graded.all() else batch
+
+
+def _only(batch: Batch, which: NDArray[np.bool_]) -> Batch:
+    """The batch of these of its N responses."""
+    tokens = np.repeat(which, batch.response_lengths)
+    return replace(
+        batch,
+        input_ids=batch.input_ids[np.repeat(which, batch.sequence_lengths)],
+        **{name: getattr(batch, name)[tokens] for name in _OF_TOKENS},
+        **{name: getattr(batch, name)[which] for name in _OF_RESPONSES},
+    )
+
+
+_OF_TOKENS = ("response_ids", "behaviour_logprobs", "token_versions", "step_rewards")
+_OF_RESPONSES = ("sequence_lengths", "response_lengths", "rewards", "truncated", "group_index", "shard")
 
 
 def _step_rewards(group: Group) -> Float32:

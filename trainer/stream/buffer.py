@@ -18,6 +18,8 @@ class BufferedGroup:
     """A group with what the trainer knows about it."""
 
     lease: int
+    position: int
+    """Of its prompt in the run's sequence of prompts (`LeaseRecord`): ties are broken by it, the same in every run."""
     epoch: int
     prompt: Prompt
     group: Group
@@ -43,6 +45,10 @@ class Buffer:
     def __len__(self) -> int:
         return len(self._groups)
 
+    def by_position(self) -> list[BufferedGroup]:
+        """All groups, in the order of their prompts."""
+        return sorted(self._groups.values(), key=lambda group: group.position)
+
     def add(self, group: BufferedGroup) -> None:
         """Hold a group until it is taken or has grown too old."""
         self._groups[group.lease] = group
@@ -64,23 +70,32 @@ class Buffer:
             del self._groups[group.lease]
         return stale
 
-    def take(self, version: int, due: Mapping[int, int]) -> list[BufferedGroup] | None:
+    def take(
+        self, version: int, due: Mapping[int, int], *, wait_for_slow: bool = True
+    ) -> list[BufferedGroup] | None:
         """The next batch, earliest due first, or None while it has to wait for more groups, or for slow ones.
+
+        Those due at once are in the order of their prompts, not of their arrival: where the bound is 0 a batch is then
+        the same whoever answered first, and whatever was restarted meanwhile.
 
         Args:
             version: the version about to be trained.
             due: the ledger's due versions of everything that was never used.
+            wait_for_slow: whether those in flight that would be too old for the next batch are waited for
+                (`stream.slow`).
         """
         available = [group for group in self._groups.values() if group.used_at != version]
         if len(available) < self._batch:
             return None
-        available.sort(key=lambda group: (group.oldest_version, group.uses, group.lease))
+        available.sort(key=lambda group: (group.oldest_version, group.uses, group.position))
         chosen = available[: self._batch]
         if not may_take(due, self._due(chosen), version=version, batch=self._batch):
             available.sort(key=lambda group: group.uses > 0)  # first uses are mandatory
             chosen = available[: self._batch]
-            if self._in_flight_is_more_urgent(chosen, version, due) and not may_take(
-                due, self._due(chosen), version=version, batch=self._batch
+            if (
+                wait_for_slow
+                and self._in_flight_is_more_urgent(chosen, version, due)
+                and not may_take(due, self._due(chosen), version=version, batch=self._batch)
             ):
                 return None
         for group in chosen:

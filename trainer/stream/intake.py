@@ -12,12 +12,15 @@ learner, by the next call of any public method.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import msgspec
 
 from asyncppo.config import Config
 from asyncppo.errors import MessageError, StallError
@@ -40,38 +43,30 @@ from asyncppo.messages import (
     Unknown,
     WeightsReady,
     Welcome,
+    brief,
 )
 from asyncppo.metrics import Journal
 from asyncppo.transport.base import Hub
 from trainer.stream.admission import Admission
 from trainer.stream.buffer import Buffer, BufferedGroup
+from trainer.stream.drops import Drops
 from trainer.stream.dynamic_sampling import DynamicSampling
 from trainer.stream.evaluation import Evaluation, EvaluationLease
-from trainer.stream.ledger import NO_SIGNAL, NOT_COMPLETED, Ledger, LedgerState
+from trainer.stream.ledger import NOT_COMPLETED, LeaseRecord, Ledger
+from trainer.stream.pool import MISSED_HEARTBEATS, Peer, Pool
 from trainer.stream.prompts import Prompt, Prompts
+from trainer.stream.state import HeldGroup, StreamState
 
 log = logging.getLogger("asyncppo.intake")
 
 _TICK_S = 0.05
-_DEAD_AFTER = 10
-"""Missed heartbeats that are a death."""
-_MALFORMED_IS_LOGGED = 20
-"""Malformed messages that are logged one by one; later ones are only counted."""
-
-
-@dataclass(slots=True)
-class Peer:
-    """One rollout server of the pool."""
-
-    identity: bytes
-    name: str
-    incarnation: str
-    capacity: int
-    last_seen: float
-    policy_version: int = -1
-    """What its engine serves; -1 before its first swap."""
-    in_flight: int = 0
-    status: Status | None = None
+_LOOK_AROUND_S = 0.5
+"""Time between two looks at all servers and leases, at most."""
+_LOGGED = 20
+"""Malformed messages, and servers turned away, that are logged one by one; later ones are only counted."""
+_NO_EPOCH = -1
+"""Epoch of held-out prompts: no group of theirs can be taken for one of training."""
+_REPLACED = "a newer process has its name: give each rollout server a --name of its own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +90,16 @@ class Counts:
     """Uses of all groups: more than `consumed` with `algorithm.reuse: replay`."""
     lapsed: int = 0
     """Uses that groups of at least one use had left when they had grown too old."""
+    adopted: int = 0
+    """Groups of leases from before, of this process or an earlier one, that were taken in the place of a new lease."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Groups that nobody waited for, by reason: duplicates, and what a resume has rolled back."""
+    consumed_length: float = math.nan
+    """Mean tokens of a response in the groups that were consumed by this process."""
+    consumed_reward: float = math.nan
+    dropped_length: float = math.nan
+    """The same of the groups that had come and were dropped (`trainer.stream.drops`)."""
+    dropped_reward: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,8 @@ class Identity:
     agreement: str
     model: str
     tokenizer: str
+    vocabulary: int = 1 << 31
+    """Token ids of the model end before it."""
 
     def refusal(self, hello: Hello) -> str | None:
         """Why a server is turned away, or None."""
@@ -129,18 +136,21 @@ class Intake:
         self._incarnation = uuid.uuid4().hex
         self._batch = config.stream.prompts_per_batch
         replayed = config.algorithm.utd if config.algorithm.reuse == "replay" else 1
-        self._ledger = Ledger(prompts, config.stream.max_staleness, replayed)
+        self._ledger = Ledger(prompts, config.stream.max_staleness, replayed, journal.ledger)
         self._buffer = Buffer(config.stream.max_staleness, self._batch)
         self._admission = Admission(config, self._ledger, self._buffer)
         self._sampling = DynamicSampling(config)
-        self._peers: dict[bytes, Peer] = {}
+        self._pool = Pool(config)
+        self._drops = Drops()
         self._weights: WeightsReady | None = None
         self._evaluation: Evaluation | None = None
-        self._gone: dict[tuple[bytes, str], Status] = {}
-        self._malformed = self._swaps = 0
+        self._failed_at: dict[tuple[int, str], str] = {}
+        """(epoch, prompt id) to the server that did not complete it last, as long as it is not received."""
+        self._malformed = self._refused = self._swaps = self._adopted = 0
+        self._ignored: Counter[str] = Counter()
         self._swap_pause_s = 0.0
         self._outbox: deque[tuple[bytes, Message]] = deque()
-        self._last_pulse = 0.0
+        self._last_pulse = self._looked_around = 0.0
         self._changed = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
@@ -148,10 +158,17 @@ class Intake:
 
     # --- the learner's side ------------------------------------------------------------------------------------------
 
-    def start(self, state: LedgerState | None = None) -> None:
-        """Begin to talk, from a checkpoint's ledger if there is one."""
+    def start(self, state: StreamState | None = None) -> None:
+        """Begin to talk, from a checkpoint's stream if there is one.
+
+        Raises:
+            ResumeError: the checkpoint was made with another dataset.
+        """
         if state is not None:
-            self._ledger.restore(state)
+            self._admission.version = state.ledger.version
+            for record, kept in zip(self._ledger.restore(state.ledger), state.held, strict=True):
+                self._buffer.add(_held(record, kept.group, kept.used_at))
+            self._ledger.check()
         self._thread.start()
 
     def announce(self, weights: WeightsReady) -> None:
@@ -159,7 +176,10 @@ class Intake:
         with self._changed:
             self._raise_failure()
             self._weights, self._admission.version = weights, weights.policy_version
-            for peer in list(self._peers.values()):
+            self._ledger.history[self._incarnation] = weights.policy_version
+            self._cancel_overdue(weights.policy_version)  # before the swap: their place is for others
+            self._pool.announced(weights.policy_version, time.monotonic())
+            for peer in self._pool:
                 self._outbox.append((peer.identity, weights))
         self._hub.wake()
 
@@ -198,19 +218,22 @@ class Intake:
                 if should_stop():
                     return None
                 self._remove_stale(version)
-                chosen = self._buffer.take(version, self._ledger.due)
+                chosen = self._buffer.take(version, self._ledger.due, wait_for_slow=self._config.stream.slow == "wait")
                 if chosen is not None:
                     break
                 if not self._changed.wait(min(0.5, deadline - time.monotonic())) and time.monotonic() >= deadline:
                     raise StallError(
                         f"waited {self._config.stream.batch_timeout_s:.0f} s for a batch of {self._batch} groups for "
-                        f"version {version}: {len(self._peers)} rollout servers, {self._ledger.in_flight} groups in "
+                        f"version {version}: {len(self._pool)} rollout servers, {self._ledger.in_flight} groups in "
                         f"flight, {len(self._buffer)} buffered; is a rollout server running, and does it log errors? "
                         "(stream.batch_timeout_s)"
                     )
             for held in chosen:
+                if not held.uses:
+                    self._drops.consumed.add(held.group)
                 if self._ledger.use(held.lease, last=warm_start):
                     self._buffer.return_used(held, version)
+            self._ledger.end_batch(version, warm_start=warm_start)
             self._admission.version = version if warm_start else version + 1
             self._remove_stale(self._admission.version)  # so that they do not look like a batch that is ready
             self._ledger.check()
@@ -237,8 +260,8 @@ class Intake:
                 if not self._changed.wait(min(0.5, deadline - time.monotonic())) and time.monotonic() >= deadline:
                     raise StallError(
                         f"waited {self._config.stream.batch_timeout_s:.0f} s for answers to {len(prompts)} held-out "
-                        f"problems, {len(evaluation.groups)} came; {len(self._peers)} rollout servers "
-                        f"serve versions {[peer.policy_version for peer in self._peers.values()]}, wanted {version}"
+                        f"problems, {len(evaluation.groups)} came; {len(self._pool)} rollout servers "
+                        f"serve versions {[peer.policy_version for peer in self._pool]}, wanted {version}"
                     )
             self._evaluation = None
         return [evaluation.groups[index] for index in range(len(prompts))]
@@ -247,9 +270,9 @@ class Intake:
         """The stream now."""
         with self._changed:
             self._raise_failure()
-            statuses = [*self._gone.values(), *(peer.status for peer in self._peers.values() if peer.status)]
+            tokens, idle_s = self._pool.totals()
             return Counts(
-                servers=len(self._peers),
+                servers=len(self._pool),
                 in_flight=self._ledger.in_flight,
                 buffered=len(self._buffer),
                 admitted=self._ledger.admitted,
@@ -258,23 +281,37 @@ class Intake:
                 malformed=self._malformed,
                 swaps=self._swaps,
                 swap_pause_s=self._swap_pause_s,
-                tokens=sum(status.tokens for status in statuses),
-                idle_s=sum(status.idle_s for status in statuses),
+                tokens=tokens,
+                idle_s=idle_s,
                 used=self._ledger.used,
                 lapsed=self._ledger.lapsed,
+                adopted=self._adopted,
+                ignored=dict(self._ignored),
+                consumed_length=self._drops.consumed.length,
+                consumed_reward=self._drops.consumed.reward,
+                dropped_length=self._drops.dropped.length,
+                dropped_reward=self._drops.dropped.reward,
             )
 
-    def state(self) -> LedgerState:
-        """For a checkpoint."""
+    def state(self) -> StreamState:
+        """For a checkpoint: between two batches, after the row of metrics of the last one."""
         with self._changed:
             self._raise_failure()
-            return self._ledger.state()
+            ledger, held = self._ledger.state(), self._buffer.by_position()
+            metrics_bytes, ledger_bytes = self._journal.sizes()
+            version = self._admission.version
+        self._journal.sync()  # what a resume goes on from is on the disk no later than the checkpoint
+        ledger = msgspec.structs.replace(
+            ledger, version=version, metrics_bytes=metrics_bytes, ledger_bytes=ledger_bytes
+        )
+        return StreamState(ledger, [HeldGroup(position=h.position, used_at=h.used_at, group=h.group) for h in held])
 
     def oldest_served_version(self) -> int | None:
-        """The oldest version that a server of the pool still serves or loads; None without servers."""
+        """The oldest version that a server of the pool still serves or loads, however long a late one may take; None
+        without servers."""
         with self._changed:
             self._raise_failure()
-            return min((peer.policy_version for peer in self._peers.values()), default=None)
+            return self._pool.oldest_served_version()
 
     def close(self, stop_servers: str | None) -> None:
         """End the thread.
@@ -284,7 +321,7 @@ class Intake:
         """
         with self._changed:
             if stop_servers is not None:
-                self._outbox.extend((identity, Stop(reason=stop_servers)) for identity in self._peers)
+                self._outbox.extend((peer.identity, Stop(reason=brief(stop_servers))) for peer in self._pool)
             self._closing = True
         self._hub.wake()
         if self._thread.is_alive():
@@ -297,6 +334,25 @@ class Intake:
                 self._ledger.lapse(held.lease)
             else:
                 self._drop(held.lease, "too stale", held.group)
+        self._cancel_overdue(version)
+
+    def _cancel_overdue(self, version: int) -> None:
+        """End the leases in flight that can be in no batch any more: their prompts are leased again."""
+        if all(due >= version for due in self._ledger.due):
+            return
+        bound = self._config.stream.max_staleness
+        for record in list(self._ledger.records.values()):
+            if not record.buffered and record.oldest_version + bound < version:
+                self._take_away(record.lease, record.peer, "too stale")
+
+    def _take_away(self, lease: int, identity: bytes, reason: str) -> None:
+        """A lease in flight is no longer wanted from this server."""
+        self._outbox.append((identity, Cancel(leases=[lease])))
+        self._drop(lease, reason)
+        peer = self._pool.get(identity)
+        if peer is not None:
+            peer.in_flight -= 1
+            self._pool.update(peer)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -315,14 +371,15 @@ class Intake:
                     self._count_malformed(f"a message {error}")
                 with self._changed:
                     now = time.monotonic()
-                    if now - last_pass > _DEAD_AFTER / 2 * self._config.stream.heartbeat_s:
+                    if now - last_pass > MISSED_HEARTBEATS / 2 * self._config.stream.heartbeat_s:
                         log.warning("this process stood still for %.0f s; servers get a new deadline", now - last_pass)
-                        for peer in self._peers.values():
-                            peer.last_seen = now
+                        self._pool.forgive_silence(now)
                     last_pass = now
                     if item is not None:
                         self._receive(*item, now)
-                    self._bury_the_dead(now)
+                    if now - self._looked_around >= self._look_around_s:
+                        self._looked_around = now
+                        self._look_around(now)
                     self._grant(now)
                     self._send(now)
                     if self._closing:
@@ -337,21 +394,24 @@ class Intake:
         if isinstance(message, Hello):
             self._welcome(identity, message, now)
             return
-        peer = self._peers.get(identity)
+        peer = self._pool.get(identity)
         if peer is None:
             self._outbox.append((identity, Unknown()))
             return
         peer.last_seen = now
         match message:
             case Group():
-                self._receive_group(peer, message)
+                self._receive_group(peer, message, now)
+                self._outbox.append((identity, Ack(lease=message.lease)))  # only now: the ledger holds it
             case Failed():
-                self._give_back(peer, message.lease, f"failed at {peer.name}: {message.reason}")
+                self._give_back(peer, message.lease, f"failed at {peer.name}: {brief(message.reason)}", now)
             case Status():
                 peer.status = message
-                self._gone.pop((identity, peer.incarnation), None)
+            case Swapped() if self._weights is None or message.policy_version > self._weights.policy_version:
+                self._count_malformed(f"{peer.name} serves version {message.policy_version}, which was not published")
             case Swapped():
-                peer.policy_version = message.policy_version
+                if self._pool.swapped(peer, message.policy_version, now):
+                    self._announce_return(peer)
                 self._swaps += 1
                 self._swap_pause_s = message.pause_s + message.load_s + message.resume_s
                 self._journal.event(
@@ -364,28 +424,32 @@ class Intake:
                     resume_s=message.resume_s,
                 )
             case SwapFailed():
-                log.warning("%s keeps version %d: %s", peer.name, peer.policy_version, message.reason)
+                log.warning("%s keeps version %d: %s", peer.name, peer.policy_version, brief(message.reason))
                 self._journal.event(
                     "swap_failed", server=peer.name, policy_version=message.policy_version, reason=message.reason
                 )
             case Goodbye():
-                self._part(peer, message.reason)
+                self._part(peer, brief(message.reason))
 
     def _welcome(self, identity: bytes, hello: Hello, now: float) -> None:
         reason = self._identity.refusal(hello)
+        if reason is None and self._pool.is_replaced(identity, hello):
+            reason = _REPLACED
         if reason is not None:
-            log.warning("rollout server %s is turned away: %s", hello.server, reason)
-            self._journal.event("refused", server=hello.server, reason=reason)
-            self._outbox.append((identity, Refused(reason=reason)))
+            self._refuse(identity, hello.server, reason)
             return
-        known = self._peers.get(identity)
+        known = self._pool.get(identity)
         if known is None or known.incarnation != hello.incarnation:
-            for other in [peer for peer in self._peers.values() if peer.name == hello.server]:
-                self._part(other, "a new process of that name has come")
-            self._peers[identity] = Peer(identity, hello.server, hello.incarnation, hello.capacity, now)
-            log.info("rollout server %s joined: %s, %d groups at once", hello.server, hello.engine, hello.capacity)
+            for other in (known, self._pool.of_name(hello.server)):
+                if other is not None and self._pool.get(other.identity) is other:
+                    self._part(other, "a newer process has its name", replaced=True)
+                    if other.identity != identity:
+                        self._outbox.append((other.identity, Refused(reason=_REPLACED)))  # if it still lives
+            self._pool.join(identity, hello, now)
+            log.info("rollout server %s joined: %s, %d groups at once", hello.server, brief(hello.engine), hello.capacity)
             self._journal.event("server_joined", server=hello.server, engine=hello.engine, capacity=hello.capacity)
-        self._peers[identity].last_seen = now
+        else:
+            known.last_seen = now
         self._outbox.append(
             (
                 identity,
@@ -399,55 +463,150 @@ class Intake:
         if self._weights is not None:
             self._outbox.append((identity, self._weights))
 
-    def _receive_group(self, peer: Peer, group: Group) -> None:
-        self._outbox.append((peer.identity, Ack(lease=group.lease)))
+    def _refuse(self, identity: bytes, server: str, reason: str) -> None:
+        reason = brief(reason)
+        self._outbox.append((identity, Refused(reason=reason)))
+        self._refused += 1
+        if self._refused <= _LOGGED:
+            log.warning("rollout server %s is turned away: %s", server, reason)
+            self._journal.event("refused", server=server, reason=reason)
+
+    def _receive_group(self, peer: Peer, group: Group, now: float) -> None:
         evaluation = self._evaluation
         leased = evaluation and evaluation.end(group.lease, peer.identity)
         if evaluation and leased:
-            peer.in_flight -= 1
             try:
-                group.check(self._config.eval.samples)
+                self._check(group, self._config.eval.samples, self._published)
                 evaluation.groups[leased.index] = group
             except MessageError as error:
                 self._count_malformed(str(error))
                 evaluation.again(leased)
+                self._end_lease(peer, completed=False, now=now)
+            else:
+                self._end_lease(peer, completed=True, now=now)
             self._changed.notify_all()
             return
-        record = self._ledger.records.get(group.lease)
-        if record is None or record.peer != peer.identity or record.buffered:
-            log.info("%s sent lease %d, which is no longer its own: ignored", peer.name, group.lease)
+        record = self._ledger.records.get(group.lease) if group.trainer in ("", self._incarnation) else None
+        if record is None:
+            self._receive_kept(peer, group, now)
             return
-        peer.in_flight -= 1
+        if record.peer != peer.identity or record.buffered:
+            self._ignore(peer, group, "not wanted")
+            return
         try:
-            group.check(self._config.sampling.group_size)
-            newest = int(group.span_versions.max())
-            if self._weights is None or newest > self._weights.policy_version:
-                raise MessageError(f"group of lease {group.lease}: version {newest} has not been published")
+            self._check(group, self._config.sampling.group_size, self._published)
+            if group.prompt_id and (group.epoch, group.prompt_id) != (record.epoch, record.prompt.prompt_id):
+                raise MessageError(f"group of lease {group.lease}: answers {group.prompt_id!r} of epoch {group.epoch}")
         except MessageError as error:
             self._count_malformed(str(error))
+            self._failed_at[record.epoch, record.prompt.prompt_id] = peer.name
             self._drop(group.lease, "malformed")
+            self._end_lease(peer, completed=False, now=now)
             return
-        if self._sampling.refuses(group):
-            self._drop(group.lease, NO_SIGNAL, group)
+        self._failed_at.pop((record.epoch, record.prompt.prompt_id), None)
+        self._end_lease(peer, completed=True, now=now)
+        self._hold(record, group)
+
+    def _receive_kept(self, peer: Peer, group: Group, now: float) -> None:
+        """A group of a lease that is no longer in flight: from before a restart of the trainer, or while the server was
+        out of reach. It is adopted if its prompt waits to be leased again, else ignored."""
+        newest = int(group.span_versions.max(initial=-1))
+        objection = self._ledger.objection(group.trainer, newest, group.epoch, group.prompt_id)
+        if objection is not None:
+            self._ignore(peer, group, objection)
             return
-        held = BufferedGroup(group.lease, record.epoch, record.prompt, group)
-        self._ledger.receive(group.lease, held.oldest_version)
+        try:
+            self._check(group, self._config.sampling.group_size, newest)
+        except MessageError as error:
+            self._count_malformed(str(error))
+            return
+        oldest = int(group.span_versions.min())
+        if not self._admission.allows_finished(oldest):
+            self._ignore(peer, group, "too stale")
+            return
+        self._adopted += 1
+        self._failed_at.pop((group.epoch, group.prompt_id), None)
+        self._hold(self._ledger.adopt(group.epoch, group.prompt_id, peer.identity, oldest, now), group)
+
+    def _hold(self, record: LeaseRecord, group: Group) -> None:
+        """The group of a lease has come, and is sound."""
+        refusal = self._sampling.refusal(group)
+        if refusal is not None:
+            self._drop(record.lease, refusal, group)
+            return
+        held = _held(record, group)
+        self._ledger.receive(record.lease, held.oldest_version)
         self._buffer.add(held)
         self._changed.notify_all()
 
+    def _ignore(self, peer: Peer, group: Group, reason: str) -> None:
+        self._ignored[reason] += 1
+        log.info("%s sent a group of lease %d, which is ignored: %s", peer.name, group.lease, reason)
+
+    @property
+    def _published(self) -> int:
+        return self._weights.policy_version if self._weights else -1
+
+    def _check(self, group: Group, group_size: int, published: int) -> None:
+        """Raises MessageError for a group that cannot be of this run, whose newest version is `published`."""
+        group.check(group_size)
+        newest, longest = int(group.span_versions.max()), int(group.lengths.max())
+        if newest > published:
+            raise MessageError(f"group of lease {group.lease}: version {newest} has not been published")
+        if longest > self._config.sampling.max_response_tokens:
+            raise MessageError(
+                f"group of lease {group.lease}: a response of {longest} tokens, at most "
+                f"{self._config.sampling.max_response_tokens} were asked for (sampling.max_response_tokens)"
+            )
+        if int(group.response_ids.max()) >= self._identity.vocabulary:
+            raise MessageError(
+                f"group of lease {group.lease}: token {int(group.response_ids.max())}, and the model's vocabulary "
+                f"ends at {self._identity.vocabulary - 1}"
+            )
+
+    def _end_lease(self, peer: Peer, *, completed: bool, now: float) -> None:
+        """A server has one lease less, and was good at it or not."""
+        peer.in_flight -= 1
+        if completed:
+            if peer.breaker.succeed():
+                self._announce_return(peer)
+        elif (seconds := peer.breaker.fail(now)) is not None:
+            failures = peer.breaker.in_a_row
+            self._set_aside(peer, f"{failures} leases in a row failed; it is tried again in {seconds:.0f} s")
+        self._pool.update(peer)
+
+    def _set_aside(self, peer: Peer, reason: str) -> None:
+        log.warning("rollout server %s is set aside: %s", peer.name, reason)
+        self._journal.event("server_set_aside", server=peer.name, reason=reason)
+
+    def _announce_return(self, peer: Peer) -> None:
+        log.info("rollout server %s is back", peer.name)
+        self._journal.event("server_back", server=peer.name)
+
     def _grant(self, now: float) -> None:
         """Lease as many prompts as admission and the servers' capacity allow, the least busy server first."""
-        able = [peer for peer in self._peers.values() if peer.policy_version >= 0 and peer.in_flight < peer.capacity]
-        while able and not self._closing:
-            peer = min(able, key=lambda peer: (peer.in_flight / peer.capacity, -peer.policy_version))
+        while not self._closing:
+            peer = self._pool.least_busy(self._may_lease, self._avoid())
+            if peer is None:
+                return
             lease = self._evaluation_lease(peer, now) or self._training_lease(peer, now)
             if lease is None:
-                able.remove(peer)
-                continue
+                return
             self._outbox.append((peer.identity, lease))
             peer.in_flight += 1
-            if peer.in_flight >= peer.capacity:
-                able.remove(peer)
+            self._pool.update(peer)
+
+    def _may_lease(self, served: int) -> bool:
+        """Whether a server of this version may have a lease, as far as it is not up to the server."""
+        evaluation = self._evaluation
+        wanted = evaluation is not None and bool(evaluation.waiting) and evaluation.version == served
+        return wanted or self._admission.allows(served)
+
+    def _avoid(self) -> str | None:
+        """The server that could not complete the prompt that is next: another one may."""
+        if not self._failed_at or (waiting := self._ledger.next_again()) is None:
+            return None
+        return self._failed_at.get(waiting)
 
     def _evaluation_lease(self, peer: Peer, now: float) -> Lease | None:
         evaluation = self._evaluation
@@ -456,7 +615,7 @@ class Intake:
         index, prompt = evaluation.waiting.popleft()
         number = self._ledger.lease_number()
         evaluation.leased[number] = EvaluationLease(peer.identity, now, index, prompt)
-        return self._lease(number, 0, prompt, "eval")
+        return self._lease(number, _NO_EPOCH, prompt, "eval")
 
     def _training_lease(self, peer: Peer, now: float) -> Lease | None:
         if not self._admission.allows(peer.policy_version):
@@ -476,68 +635,99 @@ class Intake:
             purpose="train" if training else "eval",
         )
 
-    def _bury_the_dead(self, now: float) -> None:
-        limit = _DEAD_AFTER * self._config.stream.heartbeat_s
-        for peer in [peer for peer in self._peers.values() if now - peer.last_seen > limit]:
-            self._part(peer, f"nothing heard for {limit:.0f} s")
+    def _look_around(self, now: float) -> None:
+        """All servers and all leases: who is dead or late, and what has taken too long."""
+        found = self._pool.look_around(now)
+        for peer in found.dead:
+            self._part(peer, f"nothing heard for {MISSED_HEARTBEATS * self._config.stream.heartbeat_s:.0f} s")
+        for peer in found.late:
+            version = self._weights.policy_version if self._weights else -1
+            self._set_aside(peer, f"it serves version {peer.policy_version} and does not swap to version {version}")
+        for peer in found.on_probation:
+            for lease in self._ledger.held_by(peer.identity):
+                self._take_away(lease, peer.identity, "server set aside")
+            self._give_back_evaluation(peer)
+        late = now - self._config.stream.lease_timeout_s
         in_flight = [
-            (n, record.peer, record.leased_at) for n, record in self._ledger.records.items() if not record.buffered
+            (n, record.peer)
+            for n, record in self._ledger.records.items()
+            if not record.buffered and record.leased_at < late
         ]
         if self._evaluation is not None:
-            in_flight += [(n, leased.peer, leased.leased_at) for n, leased in self._evaluation.leased.items()]
-        for lease, identity, leased_at in in_flight:
-            if now - leased_at > self._config.stream.lease_timeout_s:
-                self._outbox.append((identity, Cancel(leases=[lease])))
-                peer = self._peers[identity]
-                self._give_back(peer, lease, f"not answered by {peer.name} in time (stream.lease_timeout_s)")
+            leased = self._evaluation.leased.items()
+            in_flight += [(n, lease.peer) for n, lease in leased if lease.leased_at < late]
+        for lease, identity in in_flight:
+            self._outbox.append((identity, Cancel(leases=[lease])))
+            holder = self._pool.get(identity)
+            assert holder is not None, f"lease {lease} is in flight at a server that has left"
+            self._give_back(holder, lease, f"not answered by {holder.name} in time (stream.lease_timeout_s)", now)
 
-    def _part(self, peer: Peer, reason: str) -> None:
+    @property
+    def _look_around_s(self) -> float:
+        stream = self._config.stream
+        return min(_LOOK_AROUND_S, stream.heartbeat_s / 2, stream.lease_timeout_s / 4, stream.set_aside_s / 4)
+
+    def _part(self, peer: Peer, reason: str, *, replaced: bool = False) -> None:
         """A server leaves the pool: what it holds is leased again."""
-        del self._peers[peer.identity]
-        if peer.status:
-            self._gone[peer.identity, peer.incarnation] = peer.status
+        self._pool.leave(peer, replaced=replaced)
         leases = self._ledger.held_by(peer.identity)
         for lease in leases:
             self._drop(lease, "server left")
-        evaluation = self._evaluation
-        if evaluation is not None:
-            for leased in [evaluation.end(lease, peer.identity) for lease in list(evaluation.leased)]:
-                if leased:
-                    evaluation.again(leased)
+        self._give_back_evaluation(peer)
         log.info("rollout server %s left (%s); %d prompts are leased again", peer.name, reason, len(leases))
         self._journal.event("server_left", server=peer.name, reason=reason, leased_again=len(leases))
 
-    def _give_back(self, peer: Peer, lease: int, reason: str) -> None:
+    def _give_back_evaluation(self, peer: Peer) -> None:
+        """The held-out problems that a server has go to others."""
+        evaluation = self._evaluation
+        for lease in list(evaluation.leased) if evaluation else []:
+            if evaluation and (leased := evaluation.end(lease, peer.identity)):
+                evaluation.again(leased)
+                self._outbox.append((peer.identity, Cancel(leases=[lease])))
+                peer.in_flight -= 1
+        self._pool.update(peer)
+
+    def _give_back(self, peer: Peer, lease: int, reason: str, now: float) -> None:
         """A server could not complete a lease: it goes to another, or back to the same later."""
         evaluation = self._evaluation
         leased = evaluation and evaluation.end(lease, peer.identity)
+        record = self._ledger.records.get(lease)
         if evaluation and leased:
             evaluation.again(leased)
-        elif lease in self._ledger.records and self._ledger.records[lease].peer == peer.identity:
+        elif record is not None and record.peer == peer.identity and not record.buffered:
+            self._failed_at[record.epoch, record.prompt.prompt_id] = peer.name
             self._drop(lease, NOT_COMPLETED)
         else:
             return
-        peer.in_flight -= 1
         log.warning("lease %d is given out again: %s", lease, reason)
         self._journal.event("lease_returned", lease=lease, server=peer.name, reason=reason)
+        self._end_lease(peer, completed=False, now=now)
 
     def _drop(self, lease: int, reason: str, group: Group | None = None) -> None:
         """Count it by reason; where there is a group, its mean length in tokens and mean reward are told as well."""
         self._ledger.drop(lease, reason)
+        if group is not None:
+            self._drops.drop(group)
         what = {"length_mean": float(group.lengths.mean()), "reward_mean": float(group.rewards.mean())} if group else {}
         self._journal.event("dropped", lease=lease, reason=reason, **what)
 
     def _count_malformed(self, what: str) -> None:
         self._malformed += 1
-        if self._malformed <= _MALFORMED_IS_LOGGED:
+        if self._malformed <= _LOGGED:
             log.warning("dropped: %s (%d so far)", what, self._malformed)
 
     def _send(self, now: float) -> None:
         if now - self._last_pulse >= self._config.stream.heartbeat_s:
             self._last_pulse = now
             version = self._weights.policy_version if self._weights else -1
-            self._outbox.extend((identity, Pulse(policy_version=version)) for identity in self._peers)
+            self._outbox.extend((peer.identity, Pulse(policy_version=version)) for peer in self._pool)
         while self._outbox:
             identity, message = self._outbox.popleft()
-            if not self._hub.send(identity, message) and identity in self._peers and isinstance(message, Lease):
-                self._part(self._peers[identity], "it cannot be reached; if it lives it will say Hello again")
+            if not self._hub.send(identity, message) and isinstance(message, Lease):
+                peer = self._pool.get(identity)
+                if peer is not None:
+                    self._part(peer, "it cannot be reached; if it lives it will say Hello again")
+
+
+def _held(record: LeaseRecord, group: Group, used_at: int = -1) -> BufferedGroup:
+    return BufferedGroup(record.lease, record.position, record.epoch, record.prompt, group, record.uses, used_at)

@@ -123,6 +123,8 @@ class Prompts:
         self._prompts = prompts
         self._seed = seed
         self._shuffle = shuffle
+        self._orders: dict[int, Sequence[int]] = {}
+        """Of two epochs at most."""
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -131,9 +133,20 @@ class Prompts:
         """From the `position`-th prompt of the run on."""
         epoch, start = divmod(position, len(self._prompts))
         while True:
-            order: Sequence[int] = range(len(self._prompts))
-            if self._shuffle:
-                order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts)).tolist()
-            for index in order[start:]:
+            for index in self._order(epoch)[start:]:
                 yield epoch, self._prompts[index]
             epoch, start = epoch + 1, 0
+
+    def at(self, position: int) -> tuple[int, Prompt]:
+        """The `position`-th prompt of the run, with its epoch."""
+        epoch, place = divmod(position, len(self._prompts))
+        return epoch, self._prompts[self._order(epoch)[place]]
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        if not self._shuffle:
+            return range(len(self._prompts))
+        if epoch not in self._orders:
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts)).tolist()
+            newest = dict.fromkeys(sorted(self._orders)[-1:])  # those that a resume looks up are of one epoch or two
+            self._orders = {kept: self._orders[kept] for kept in newest} | {epoch: order}
+        return self._orders[epoch]

@@ -367,7 +367,7 @@ class House:
         if lease not in self.ledger.records or self.ledger.records[lease].peer != server.name:
             return  # the trainer has given up on it
         record = self.ledger.records[lease]
-        held = BufferedGroup(lease, record.epoch, record.prompt, a_group_of_version(oldest, lease))
+        held = BufferedGroup(lease, record.position, record.epoch, record.prompt, a_group_of_version(oldest, lease))
         self.ledger.receive(lease, held.oldest_version)
         self.buffer.add(held)
         self.ledger.check()

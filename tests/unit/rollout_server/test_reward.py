@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from asyncppo.config import RewardConfig
@@ -21,6 +24,10 @@ def by_word(text, answer):
         time.sleep(60)
     if text == "die":
         os._exit(3)
+    if text == "memory":
+        return float(len([bytearray(1 << 24) for _ in range(1000)]))
+    if text == "pid":
+        return 1 / os.getpid()
     if text == "raise":
         raise ValueError("no")
     if text == "nan":
@@ -106,3 +113,68 @@ def test_a_hanging_answer_costs_its_time_limit_and_the_next_group_is_graded() ->
     hanging, after = asyncio.run(scenario())
     assert hanging == [Grade(0.0, True), Grade(1.0, False)]
     assert after == [Grade(1.0, False)]
+
+
+BOMBS = {
+    "a tower of powers": "\\boxed{9^{9^{9^9}}}",
+    "nested braces": "\\boxed{" + "{" * 20_000 + "1" + "}" * 20_000 + "}",
+    "a megabyte of digits": "\\boxed{" + "7" * 1_000_000 + "}",
+    "boxes that never close": "\\boxed{" * 50_000,
+}
+
+
+@pytest.mark.real
+def test_whatever_a_model_writes_is_graded_or_a_reward_error_in_time_and_the_next_answer_is_graded() -> None:
+    limit = 1.0
+
+    async def scenario() -> None:
+        grader = Grader(RewardConfig(timeout_s=limit, memory_mb=1024))
+        try:
+            await grader.self_test()
+            before = psutil.Process().memory_info().rss
+            for name, text in BOMBS.items():
+                started = time.monotonic()
+                (bomb,) = await grader.grade([text], "8")
+                took = time.monotonic() - started
+                assert bomb.reward == 0, name
+                assert took < limit + 8, f"{name}: {took} s with the start of a worker that the last one had killed"
+                assert await grader.grade(["\\boxed{8.0}", "\\boxed{9}"], "8") == [Grade(1.0, False), Grade(0.0, False)]
+            assert psutil.Process().memory_info().rss - before < 64 << 20
+        finally:
+            grader.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.real
+def test_a_response_that_wants_more_memory_than_is_allowed_is_alone_a_reward_error(functions: str) -> None:
+    async def scenario() -> None:
+        grader = Grader(RewardConfig(function=functions, memory_mb=1024))
+        try:
+            before = await grader.grade(["pid", "memory", "yes"], "yes")
+            assert [(g.reward, g.error) for g in before[1:]] == [(0, True), (1, False)]
+            (after,) = await grader.grade(["pid"], "yes")
+            assert after.reward not in (0, before[0].reward)  # another process: the full one has ended
+        finally:
+            grader.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("how", ["killed when idle", "stopped for good"])
+def test_workers_that_are_gone_are_replaced(functions: str, how: str) -> None:
+    async def scenario() -> None:
+        grader = Grader(RewardConfig(function=functions))
+        try:
+            (grade,) = await grader.grade(["pid"], "yes")
+            if how == "killed when idle":
+                os.kill(round(1 / grade.reward), signal.SIGKILL)
+            else:
+                grader._pool.stop()
+            async with asyncio.timeout(30):
+                assert await grader.grade(["yes"], "yes") == [Grade(1.0, False)]
+        finally:
+            grader.close()
+
+    asyncio.run(scenario())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from asyncppo.algorithm import assign_shards
+from asyncppo.config import Config
 from asyncppo.messages import Group
 from asyncppo.metrics import EVENTS_FILE, Journal, read
 from tests.stream_maker import a_buffered, a_config, a_group, a_prompt, weights_of
@@ -75,9 +76,11 @@ class ScriptedIntake:
         self.announced.append(weights.policy_version)
 
 
-def a_feed(world: World, intake: ScriptedIntake | None = None, journal: Journal | None = None) -> Feed:
+def a_feed(
+    world: World, intake: ScriptedIntake | None = None, journal: Journal | None = None, config: Config = CONFIG
+) -> Feed:
     sets = {"easy": [a_prompt(1), a_prompt(2)]}
-    return Feed(CONFIG, world, cast("Intake | None", intake), journal, sets, Path(), lambda: False)
+    return Feed(config, world, cast("Intake | None", intake), journal, sets, Path(), lambda: False)
 
 
 def test_every_rank_gets_the_same_batch() -> None:
@@ -155,3 +158,24 @@ def test_only_the_first_rank_talks_with_servers() -> None:
     with pytest.raises(AssertionError, match="only rank 0 has the intake"):
         other.limit_staleness(1)
     assert other.ledger_state().consumed == 0
+
+
+@pytest.mark.parametrize(("on_error", "responses"), [("mask", 3), ("zero", 4)])
+def test_a_reward_error_leaves_the_batch_of_every_rank_or_stays_with_its_zero(on_error: str, responses: int) -> None:
+    failed = a_buffered(2, 3, a_prompt(12), a_group(3, reward_errors=np.array([0, 1], np.uint8)))
+    wire = Wire()
+    config = a_config(reward={"on_error": on_error})
+    first = a_feed(wire.rank(0), ScriptedIntake([GROUPS[0], failed]), config=config).take(2)
+    second = a_feed(wire.rank(1), config=config).take(2)
+    for batch in (first, second):
+        assert batch is not None
+        assert (len(batch.rewards), batch.reward_errors.tolist()) == (responses, [0, 1])
+
+
+def test_an_evaluation_counts_a_reward_error_as_zero_whatever_is_done_with_it_in_training(tmp_path: Path) -> None:
+    failed = a_group(1, rewards=[1, 0], reward_errors=np.array([0, 1], np.uint8))
+    journal = Journal(tmp_path)
+    scores = a_feed(Wire().rank(0), ScriptedIntake(answers=[failed, failed]), journal).evaluate(2)
+    journal.close()
+    (event,) = list(read(tmp_path / EVENTS_FILE))
+    assert (scores["easy"], event["reward_errors"]) == (0.5, 2)

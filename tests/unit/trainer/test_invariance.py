@@ -237,7 +237,7 @@ def arrived(ledger: Ledger, count: int) -> list[BufferedGroup]:
     for _ in range(count):
         record = ledger.lease(b"alice", oldest_version=2, now=0.0)
         group = a_group(record.lease, [[(2, 2)]] * SIZE)
-        groups.append(BufferedGroup(record.lease, record.epoch, record.prompt, group))
+        groups.append(BufferedGroup(record.lease, record.position, record.epoch, record.prompt, group))
     return groups
 
 

@@ -12,7 +12,8 @@ import torch
 
 from asyncppo.config import ActorConfig, AlgorithmConfig, Config, DataConfig, RunConfig
 from tests.model_maker import a_batch
-from trainer.stream.batch import Batch
+from tests.stream_maker import a_buffered, a_group
+from trainer.stream.batch import Batch, pack
 from trainer.targets import TargetBuilder, Targets, returns, rewards
 
 pytestmark = pytest.mark.unit
@@ -284,3 +285,33 @@ def test_other_aggregations_remember_nothing() -> None:
     builder = TargetBuilder(a_config())
     builder.build(batch(), torch.tensor(TWO), None)
     assert builder.errors == []
+
+
+# --- reward errors ---------------------------------------------------------------------------------------------------
+
+
+def graded(mask_errors: bool) -> Batch:
+    """A group of three with rewards 1, an error and 0.5, and a group of two with rewards 0 and an error."""
+    first = a_group(1, [[(4, 2)], [(4, 1)], [(4, 1)]], rewards=[1, 0, 0.5], reward_errors=np.array([0, 1, 0], np.uint8))
+    second = a_group(2, [[(4, 1)], [(4, 2)]], rewards=[0, 0], reward_errors=np.array([0, 1], np.uint8))
+    held = [a_buffered(4, 1, group=first), a_buffered(4, 2, group=second)]
+    return pack(held, [(0, 1, 1), (0, 1)], version=4, mask_errors=mask_errors)
+
+
+def test_a_masked_reward_error_is_no_part_of_its_groups_baseline() -> None:
+    masked, zero = (targets([], of=graded(mask_errors=mask), group_std=False) for mask in (True, False))
+    # of 1 and 0.5 the mean is 0.75; of 0 alone it is 0
+    assert masked.advantages.tolist() == pytest.approx([0.25, 0.25, -0.25, 0])
+    # of 1, 0 and 0.5 it is 0.5
+    assert zero.advantages.tolist() == pytest.approx([0.5, 0.5, -0.5, 0, 0, 0, 0])
+    std = targets([], of=graded(mask_errors=True))
+    assert std.advantages.tolist() == pytest.approx([1, 1, -1, 0], abs=1e-4)
+
+
+def test_a_masked_reward_error_is_in_no_critics_shard_and_not_in_the_masks_counts() -> None:
+    batch = graded(mask_errors=True)
+    assert [batch.learned_by(m, "disjoint").tolist() for m in (0, 1)] == [[True, False, True], [False, True, False]]
+    signal = [[0.0, 0.2, 0.4, 0.6], [0.2, 0.2, 0.8, 0.6]]
+    result = targets(signal, of=batch, mask_fraction=0.25, entropy_filter=0.5)
+    assert (int((~result.keep_policy).sum()), int((~result.keep_entropy).sum())) == (1, 2)  # of 4 tokens, not of 7
+    assert returns(batch, AlgorithmConfig()).tolist() == [1, 1, 0.5, 0]
