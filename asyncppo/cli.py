@@ -25,6 +25,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at a config before anything is started.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+checkpoint_app = typer.Typer(
+    help="Look at a run's checkpoints, check them, and take a model out of one.", no_args_is_help=True
+)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="A YAML file, such as configs/demo.yaml.")]
 Overrides = Annotated[
@@ -70,6 +74,56 @@ def config_docs() -> None:
     from asyncppo import config
 
     print(config.documentation())
+
+
+@checkpoint_app.command("ls", epilog="Example: `asyncppo checkpoint ls runs/demo`")
+def checkpoint_ls(run_directory: RunDirectory) -> None:
+    """List a run's checkpoints: version, age, size, whole or damaged, and why retention keeps it.
+
+    A run keeps the newest `run.keep_checkpoints`, and multiples of `run.keep_every` for good. `damaged-…` is what a
+    resume found not to be whole and put aside; remove it when nobody wants to look at it any more.
+    """
+    from asyncppo.report.checkpoints import show
+
+    show(run_directory, _console())
+
+
+@checkpoint_app.command("verify", epilog="Example: `asyncppo checkpoint verify runs/demo`")
+def checkpoint_verify(
+    place: Annotated[Path, typer.Argument(metavar="RUN_DIR|CHECKPOINT", help="All checkpoints of a run, or one.")],
+) -> None:
+    """Read every file and compare it with the checksum in the manifest. Changes nothing.
+
+    Exit codes: 0 all are whole, 1 one is not (it says which files), 2 there is no checkpoint.
+    """
+    from asyncppo.report.checkpoints import verify
+
+    raise typer.Exit(verify(place, _console()))
+
+
+@checkpoint_app.command(
+    "export", epilog="Example: `asyncppo checkpoint export runs/demo/checkpoints/step_00000040 --to models/demo-40`"
+)
+def checkpoint_export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory that `ls` names.")],
+    to: Annotated[Path, typer.Option(help="The directory to make.")],
+    critic: Annotated[
+        int | None, typer.Option(min=0, metavar="M", help="Critic M, with its scalar head. Default: the actor.")
+    ] = None,
+) -> None:
+    """Write the actor, or a critic, as an ordinary Hugging Face directory: for transformers, SGLang, `critic.path`.
+
+    The checkpoint is verified first, and left as it is. Runs in the trainer's environment, on the CPU.
+    """
+    from asyncppo import programs
+    from asyncppo.report.checkpoints import check_export
+
+    check_export(checkpoint, to)
+    which = [] if critic is None else ["--critic", str(critic)]
+    arguments = [str(checkpoint), "--to", str(to), *which]
+    argv = programs.command("trainer", arguments, module="trainer.export_checkpoint")
+    sys.stdout.flush()
+    os.execve(argv[0], argv, programs.environment())
 
 
 @app.command(
@@ -166,6 +220,32 @@ def monitor(run_directory: RunDirectory) -> None:
     watch(run_directory, _console(), stop_flag())
 
 
+@app.command(epilog="Example: `asyncppo status runs/demo`")
+def status(
+    run_directory: RunDirectory,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything in one line of JSON, for programs.")] = False,
+    with_stacks: Annotated[
+        bool, typer.Option("--stacks", help="Also all threads' stacks of the processes on this host.")
+    ] = False,
+) -> None:
+    """Say what each process of a run does and waits for, since when, and whether it lives.
+
+    Exit codes: 0 all is well or has ended well, 1 something is dead or stalled, 2 there is no such run.
+    """
+    from msgspec import json
+
+    from asyncppo import status as processes
+
+    found = processes.processes_in(run_directory)
+    if as_json:
+        print(json.encode({"well": processes.is_well(found), "processes": found}).decode())
+    else:
+        processes.show(run_directory, found, _console())
+    if with_stacks:
+        print(processes.stacks(run_directory, found))
+    raise typer.Exit(0 if processes.is_well(found) else 1)
+
+
 @app.command(epilog="Example: `asyncppo report runs/demo`")
 def report(
     run_directory: RunDirectory,
@@ -212,6 +292,31 @@ def inspect(
         print(json.encode(kept.details(chosen, index)).decode())
     else:
         kept.show_response(chosen, index, by, _console())
+
+
+@app.command(epilog="Example: `asyncppo keys ~/keys --server gpu1 --server gpu2`")
+def keys(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the keys are, or will be.")],
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A key for the rollout server of this --name; may be repeated."),
+    ] = None,
+) -> None:
+    """Make keys for runs over several hosts: everything on TCP is then encrypted, and only known keys are let in.
+
+    Without --server all rollout servers share one key. Keys that are there stay as they are, so servers can be added
+    later, while a run goes on, too. Give both ends `stream.keys: DIR`. Secrets are never printed.
+    """
+    from asyncppo import keys
+
+    made = keys.make(directory, server or [])
+    for path in made:
+        print(f"made {path}")
+    print(
+        f"{directory}: {'nothing was missing' if not made else 'done'}. The trainer's host needs trainer.key_secret, "
+        "critics.key and servers/*.key;\na rollout server's trainer.key and servers/NAME.key_secret (or pool's); a "
+        "critic's trainer.key and critics.key_secret."
+    )
 
 
 @app.command()

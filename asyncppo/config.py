@@ -254,8 +254,8 @@ class GuardConfig(Section, frozen=True, kw_only=True):
     min_separation: NonNegativeFloat = 0.01
     """The alarm: critics whose std is less than this share of their value's spread over tokens have become one."""
     stall_s: PositiveFloat = 1800.0
-    """The watchdog: a phase of a step, or any wait beyond its own limit, that takes so long writes all stacks and ends
-    the process with exit code 1."""
+    """The watchdog: a process whose work (the update, a save, …) takes so long, or whose wait does not end a minute after
+    its own limit, writes all stacks and ends with exit code 1."""
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):
@@ -345,7 +345,8 @@ class CriticConfig(ModelConfig, frozen=True, kw_only=True):
     timeout_s: PositiveFloat = 1800.0
     """The learner ends with an error after waiting this long for a critic."""
     restarts: NonNegative = 3
-    """How often a critic that has died is started again, from its last state, before the run ends."""
+    """How often a critic that has died is started again, and brought to where it was, before the run ends; one that has
+    lived for an hour counts anew."""
     recovery_mb: Positive = 2048
     """The batches since a critic's last checkpoint are kept up to this size, so that one that is started again learns
     them again; older ones it then misses."""

@@ -23,6 +23,7 @@ import typer
 from asyncppo import config as configuration
 from asyncppo.config import Config
 from asyncppo.errors import AddressError, AsyncPPOError, ConfigError, ModelError, RefusedError, UserError
+from asyncppo.waits import HERE, Watchdog
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -62,6 +63,7 @@ async def serve(
     config: Config, model: str, trainer: str, name: str, engine_url: str | None, log_directory: Path
 ) -> None:
     """Check, connect, serve until stopped."""
+    from asyncppo import keys
     from asyncppo.transport.zmq import ZmqLink, check_address
     from rollout_server.loop import RolloutServer
     from rollout_server.reward import Grader
@@ -70,7 +72,10 @@ async def serve(
     log = logging.getLogger("rollout_server")
     if not re.fullmatch(r"tcp://.+:\d+", trainer):
         raise AddressError(f"--trainer {trainer}: expected tcp://host:port")
-    check_address(trainer, config.stream.insecure)
+    check_address(trainer, config.stream.insecure, has_keys=config.stream.keys is not None)
+    if not re.fullmatch(r"[\w-][\w.-]{0,99}", name):
+        raise ConfigError(f"--name {name}: expected at most 100 letters, digits, and . _ -")
+    client_keys = keys.of_rollout_server(config.stream.keys, name)
     engine = SGLangEngine(config, model, log_directory / f"sglang-{name}.log", engine_url)
     grader = Grader(config.reward)
     try:
@@ -79,13 +84,18 @@ async def serve(
         grader.close()
         raise
     incarnation = uuid.uuid4().hex
-    link = ZmqLink(trainer, f"{name}/{incarnation}".encode(), config.stream.max_message_mb << 20)
+    link = ZmqLink(trainer, f"{name}/{incarnation}".encode(), config.stream.max_message_mb << 20, client_keys)
     server = RolloutServer(config, link, engine, grader, name, model, incarnation)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop, signal.Signals(number).name)
     log.info("%s says Hello to %s", name, trainer)
-    await server.run()
+    with Watchdog(f"rollout {name}", config.run_directory, config.guard.stall_s):
+        beat = asyncio.create_task(HERE.beat(config.guard.stall_s), name="beat")
+        try:
+            await server.run()
+        finally:
+            beat.cancel()
     log.info("%s has ended", name)
 
 

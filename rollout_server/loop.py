@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -54,6 +55,7 @@ from asyncppo.messages import (
 )
 from asyncppo.rewards import Grade, overlong_penalty, step_rewards
 from asyncppo.transport.base import Link
+from asyncppo.waits import note, waiting
 from rollout_server.engine import UNLOADED, Engine, Response
 from rollout_server.hot_swap import HotSwap
 from rollout_server.outbox import Outbox, size_of
@@ -207,10 +209,11 @@ class RolloutServer:
             await self._hello_wanted.wait()
             self._hello_wanted.clear()
             try:
-                async with asyncio.timeout(limit):
-                    while not self._welcomed.is_set():
-                        await self._link.send(self._hello)
-                        await _wait(self._welcomed, self._heartbeat_s)
+                with waiting("the trainer to answer Hello", limit):
+                    async with asyncio.timeout(limit):
+                        while not self._welcomed.is_set():
+                            await self._link.send(self._hello)
+                            await _wait(self._welcomed, self._heartbeat_s)
             except TimeoutError:
                 raise UserError(
                     f"no trainer answered within {limit:g} s (rollout.connect_timeout_s): is one running, and does it "
@@ -332,7 +335,9 @@ class RolloutServer:
             if time.monotonic() - self._last_heard > patience:
                 self._say_hello_again(f"nothing heard of the trainer for {patience:g} s")
                 continue
-            await self._link.send(self.status())
+            status = self.status()
+            note(policy_version=status.policy_version, state=status.state, leases=status.groups_in_flight)
+            await self._link.send(status)
             await self._send_groups()
 
     def status(self) -> Status:
@@ -418,7 +423,9 @@ class RolloutServer:
             await self._engine_with_weights()
             started = time.monotonic()
             try:
-                with self._busy():
+                # the engine's own limit, and that of taking the request back
+                limit = self._config.rollout.request_timeout_s + self._config.rollout.swap_timeout_s
+                with self._busy(), waiting(f"the engine's responses to lease {lease.lease}", limit):
                     responses = await self._engine.generate(lease.prompt_ids, lease.group_size, self._config.sampling)
             except EngineError as error:
                 if not attempts_left:
@@ -483,7 +490,8 @@ class RolloutServer:
         """
         await self._engine_started.wait()
         while True:
-            outcome = await self._swap.next()
+            with waiting("new weights, and the engine to take them", math.inf):  # its phases: rollout.swap_timeout_s
+                outcome = await self._swap.next()
             if isinstance(outcome, Swapped):
                 self._serving.set()
                 self._note_idle()
@@ -533,7 +541,8 @@ class RolloutServer:
         """Start or restart the engine; one that fails to come up is tried again, with another port."""
         while True:
             try:
-                await attempt()
+                with waiting("the engine to come up", self._recovery_s):
+                    await attempt()
             except EngineError as error:
                 self._count_failure(str(error))
                 log.warning("the engine did not come up and is tried again: %s", error)

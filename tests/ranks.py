@@ -114,6 +114,17 @@ def poisoned(policy: Policy, batch: Batch, scores: Scores, targets: Targets) -> 
     return policy.update(batch, scores, replace(targets, advantages=advantages), 2)["skipped"]
 
 
+def moved(directory: Path, stage: str, world: World) -> dict[str, torch.Tensor]:
+    """What one rank has saved, loaded by these ranks: its weights; and it is saved again, to `moved/STAGE`."""
+    dtype = "bfloat16" if stage == "2" else "float32"
+    overrides = [f"actor.zero_stage={stage[0]}", "actor.engine=deepspeed", f"actor.dtype={dtype}"]
+    policy = Policy(load(directory / "config.yaml", overrides), world)
+    policy.load(directory / "state-1" / f"{stage}-6-0")
+    policy.save(directory / "moved" / stage)
+    world.barrier()
+    return policy.weights()
+
+
 def shared(world: World) -> dict[str, Any]:
     """What this rank has after `share`; only rank 0 gave something."""
     given = {"ids": np.array(["p1", "prompt ü"]), "numbers": np.arange(5, dtype=np.int32), "none": np.zeros((0, 3))}
@@ -142,6 +153,12 @@ def main(directory: Path) -> None:
         for name, batch in list(batches())[1:]:
             print(f"rank {world.rank} of {world.size}: {switch}, {name}", flush=True)
             results[switch, name] = train(directory, "2", batch, world, *overrides)
+    if world.size == 2:
+        for stage in STAGES:
+            deepspeed_engine.deepspeed_config = lambda *args, stage=stage, **kwargs: (
+                be_large(derive(*args, **kwargs)) if "large" in stage else derive(*args, **kwargs)
+            )
+            results["moved", stage] = moved(directory, stage, world)
     if world.rank == 0:
         torch.save(results, directory / f"results-{world.size}.pt")
     world.close()

@@ -24,6 +24,7 @@ from asyncppo.config import Config, dump
 from asyncppo.errors import CheckpointError, ResumeError, StallError
 from asyncppo.metrics import Journal
 from asyncppo.waits import waiting
+from asyncppo.waits import waiting
 from trainer.stream.ledger import LedgerState
 
 log = logging.getLogger("asyncppo.checkpoint")
@@ -87,8 +88,6 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._outcomes: queue.SimpleQueue[tuple[int, int, float, str]] = queue.SimpleQueue()
         self._failure = ""
-        self.saved: Callable[[Path, int], None] = lambda directory, version: None
-        """Told of a checkpoint that is whole and in its place before older ones go; by the thread that wrote it."""
 
     def save(self, state: TrainerState, write_parts: Callable[[Path], None], *, first_rank: bool) -> Path:
         """Write a checkpoint and wait until it is whole on the disk; the last good one stays until then.
@@ -248,6 +247,7 @@ class Checkpoints:
             return
         limit = self._config.guard.stall_s
         with waiting("the last checkpoint to reach the disk", limit):
+            with waiting("the checkpoint to reach the disk", limit):
             self._writer.join(limit)
         if self._writer.is_alive():
             raise StallError(f"waited {limit:.0f} s for a checkpoint to reach the disk (guard.stall_s)")
@@ -314,7 +314,8 @@ class Checkpoints:
         os.replace(partial, final)
         checkpoints.flush_names(self._root)
         shutil.rmtree(replaced, ignore_errors=True)
-        self.saved(final, state.policy_version)
+        if self._on_whole:
+            self._on_whole(final, state.policy_version)
         self._retain()
         return manifest.bytes
 

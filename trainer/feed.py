@@ -13,6 +13,7 @@ from asyncppo.algorithm import assign_shards
 from asyncppo.config import Config
 from asyncppo.messages import WeightsReady
 from asyncppo.metrics import Journal
+from asyncppo.waits import waiting
 from trainer.model.world import World
 from trainer.stream.batch import Batch, pack
 from trainer.stream.buffer import BufferedGroup
@@ -55,7 +56,8 @@ class Feed:
         """
         arrays: dict[str, Any] | None = None
         if self._intake is not None:
-            groups = self._intake.take(version, self._should_stop, warm_start=warm_start)
+            with waiting(f"a batch for version {version}", self._config.stream.batch_timeout_s):
+                groups = self._intake.take(version, self._should_stop, warm_start=warm_start)
             if groups is None:
                 arrays = {}
             else:
@@ -87,7 +89,8 @@ class Feed:
         """pass@1 of each held-out set, by servers that serve this version; nothing when the run is to stop."""
         scores: dict[str, float] = {}
         for name, prompts in self._eval_sets.items():
-            groups = self._rank_0.evaluate(prompts, version, self._should_stop)
+            with waiting(f"answers to the held-out problems of {name}", self._config.stream.batch_timeout_s):
+                groups = self._rank_0.evaluate(prompts, version, self._should_stop)
             if groups is None:
                 return scores
             rewards = np.stack([group.rewards for group in groups])

@@ -68,8 +68,6 @@ class Learner:
         self._skipped = SkippedSteps(config, journal, counts)
         self._alarm = Alarm(config, journal, counts) if journal else None
         self._saved_version = -1
-        if critics:
-            self._checkpoints.saved = critics.saved
 
     def run(self, version: int) -> int:
         """Train from this version to the last, or until a stop is asked for; returns the version reached."""
@@ -87,9 +85,10 @@ class Learner:
             self._evaluate(version)
         if not self._checkpoints.settled():
             self._saved_version = -1  # it is tried once more
-        self._save(version)
-        self._export(version)
-        self._checkpoints.wait()
+        with waits.phase(f"save and export of version {version}"):
+            self._save(version)
+            self._export(version)
+            self._checkpoints.wait()
         return version
 
     def _step(self, version: int) -> bool:

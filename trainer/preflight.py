@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from asyncppo import keys
 from asyncppo.config import Config
 from asyncppo.errors import ConfigError, ModelError
 from asyncppo.fingerprints import model_fingerprint, tokenizer_fingerprint
@@ -43,10 +44,15 @@ def check_stream_address(config: Config) -> None:
     """The address is one we may listen on, and it is free.
 
     Raises:
-        AddressError: not loopback without being asked for, or taken.
+        AddressError: not loopback without keys or being asked for, or taken.
+        ConfigError: keys are missing.
     """
-    check_address(config.stream.address, config.stream.insecure)
-    ZmqHub(config.stream.address).close()
+    stream = config.stream
+    check_address(stream.address, stream.insecure, has_keys=stream.keys is not None)
+    keys.of_trainer(stream.keys)
+    if stream.keys and any(address.startswith("tcp://") for address in config.critic.addresses):
+        keys.to_critic(stream.keys)
+    ZmqHub(stream.address).close()
 
 
 def check_devices(config: Config) -> None:
@@ -90,7 +96,7 @@ def _check_tokens(config: Config, role: str, path: str, model: Any) -> None:
             f"{path}: the {role}'s tokenizer differs from that of the actor {config.actor.path} (first at "
             f"{word!r}: {theirs.get(word)} and {ours.get(word)}): a {role} must read the actor's tokens"
         )
-    embeddings = model.get_text_config().vocab_size
+    embeddings = _embeddings(model)
     if embeddings < len(ours):
         raise ModelError(f"{path}: has {embeddings} embeddings for {len(ours)} tokens")
 
@@ -116,11 +122,17 @@ def load_data(config: Config) -> Data:
 
 def identity(config: Config) -> Identity:
     """What rollout servers have to have in common with this trainer."""
+    models = [check_causal_lm(config.actor.path), *map(check_critic, dict.fromkeys(config.critic_paths))]
     return Identity(
         agreement=config.agreement_hash(),
         model=model_fingerprint(config.actor.path),
         tokenizer=tokenizer_fingerprint(config.actor.path),
+        vocabulary=min(map(_embeddings, models)),
     )
+
+
+def _embeddings(model: Any) -> int:
+    return int(model.get_text_config().vocab_size)
 
 
 def _eval_sets(config: Config, tokenize: Tokenize) -> dict[str, list[Prompt]]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from asyncppo import keys
 from asyncppo.config import Config
 from asyncppo.errors import ConfigError
 from asyncppo.messages import ToCritic, ToLearner
@@ -29,15 +30,20 @@ from trainer.stream.state import StreamState
 log = logging.getLogger("asyncppo.trainer")
 
 
-def check_addresses(addresses: Sequence[str], insecure: bool) -> None:
-    """Refuse TCP addresses that other hosts can reach, unless that was asked for.
+def check_addresses(addresses: Sequence[str], config: Config) -> None:
+    """Refuse TCP addresses that other hosts can reach, unless there are keys, or that was asked for.
 
     Raises:
-        AddressError: one is not loopback and `insecure` is not set.
+        AddressError: one is not loopback, and neither `stream.keys` nor `stream.insecure` is set.
     """
     for address in addresses:
-        if address.startswith("tcp://"):
-            check_address(address, insecure)
+        if _is_tcp(address):
+            check_address(address, config.stream.insecure, has_keys=config.stream.keys is not None)
+
+
+def _is_tcp(address: str) -> bool:
+    """Others, `ipc://`, have no keys: the file system says who may connect."""
+    return address.startswith("tcp://")
 
 
 def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callable[[], bool]) -> int:
@@ -54,7 +60,7 @@ def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callab
             f"the learner has the addresses of {len(critic_addresses)} critics, and algorithm.critics is "
             f"{config.algorithm.critics}: give --address for each, or critic.addresses in the config"
         )
-    check_addresses([config.stream.address, *critic_addresses], config.stream.insecure)
+    check_addresses([config.stream.address, *critic_addresses], config)
     data = preflight.load_data(config)
     with Watchdog(_ranked("learner"), config.run_directory, config.guard.stall_s) as watchdog:
         return _learner(config, critic_addresses, data, should_stop, watchdog)
@@ -71,12 +77,17 @@ def _learner(
     first = world.rank == 0
     critics = intake = publisher = journal = None
     if first:  # answer servers before the models are loaded: their engines start meanwhile
-        hub = ZmqHub(config.stream.address, config.stream.max_message_mb << 20)
+        hub = ZmqHub(config.stream.address, config.stream.max_message_mb << 20, keys.of_trainer(config.stream.keys))
         journal = Journal(config.run_directory)
         watchdog.journal = journal.event
         prompts = Prompts(data.train, config.run.seed, config.data.shuffle)
         intake = Intake(config, hub, prompts, preflight.identity(config), journal)
-        channels = [ZmqChannel(address, ToLearner, bind=False) for address in critic_addresses]
+        channels = [
+            ZmqChannel(
+                address, ToLearner, bind=False, keys=keys.to_critic(config.stream.keys) if _is_tcp(address) else None
+            )
+            for address in critic_addresses
+        ]
         come_back = config.critic.restarts > 0 or bool(config.critic.addresses)
         critics = Critics(config, channels, journal.event, come_back=come_back)
         log.info("listening for rollout servers on %s", hub.address)
@@ -141,11 +152,12 @@ def critic(config: Config, index: int, address: str, should_stop: Callable[[], b
     Raises:
         UserError: what was given cannot work.
     """
-    check_addresses([address], config.stream.insecure)
+    check_addresses([address], config)
+    server_keys = keys.of_critic(config.stream.keys) if _is_tcp(address) else None
     preflight.check_models(config)
     with Watchdog(_ranked(f"critic {index}"), config.run_directory, config.guard.stall_s):
         world = World(_collective_s(config))
-        channel = ZmqChannel(address, ToCritic, bind=True) if world.rank == 0 else None
+        channel = ZmqChannel(address, ToCritic, bind=True, keys=server_keys) if world.rank == 0 else None
         try:
             with phase("building the critic"):
                 member = Critic(config, index, world)

@@ -2,30 +2,178 @@
 
 ROUTER and DEALER between trainer and rollout servers, DEALER and DEALER between learner and critic. The queues cannot
 overflow: the trainer never has more leases out than admission allows, and a server never holds more than its capacity.
+
+With keys (asyncppo/keys.py) a TCP socket speaks CURVE: encrypted, and authenticated both ways. The end that binds asks
+pyzmq's authenticator about every key that knocks; the end that connects watches its handshakes, because one that is
+turned away would otherwise hear nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import zmq
 import zmq.asyncio
+import zmq.auth
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import parse_monitor_message
 
 from asyncppo.errors import AddressError
 from asyncppo.messages import Codec, Message, ToRollout, ToTrainer
 
+log = logging.getLogger("asyncppo.transport")
+
 _LINGER_MS = 1000
+_HANDSHAKES = 4
+"""Handshakes in a row that fail without a reason before it is taken for a matter of keys, and not of a process that was
+just ending."""
+_DOMAIN = "asyncppo"
+"""By which the authenticator knows our sockets."""
+_LOGGED = 20
+"""Refused keys that are logged one by one."""
 
 
-def check_address(address: str, insecure: bool) -> None:
-    """Refuse an address that other hosts can reach, unless that was asked for.
+@dataclass(frozen=True, slots=True, repr=False)
+class KeyPair:
+    """A CURVE key pair, Z85; the secret one is in no log, as this has no repr of it."""
+
+    public: bytes
+    secret: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ServerKeys:
+    """Keys of an end that binds."""
+
+    own: KeyPair
+    allowed: Callable[[bytes], bool]
+    """Whether the holder of this public key (Z85) is let in; called in another thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientKeys:
+    """Keys of an end that connects."""
+
+    own: KeyPair
+    server: bytes
+    """Public key of the end that binds (Z85)."""
+
+
+def make_key_files(directory: Path, name: str) -> None:
+    """Write `name`.key and `name`.key_secret, in pyzmq's format."""
+    zmq.auth.create_certificates(directory, name)
+
+
+def read_key_file(path: Path) -> tuple[bytes, bytes | None]:
+    """The public and, from a `.key_secret` file, the secret key (Z85).
 
     Raises:
-        AddressError: the address is not loopback and `insecure` is not set.
+        OSError: it cannot be read.
+        ValueError: it holds no key.
     """
+    return zmq.auth.load_certificate(path)
+
+
+class _Doorkeeper:
+    """Asks `allowed` for every key that knocks, and logs those that are turned away."""
+
+    def __init__(self, keys: ServerKeys, address: str) -> None:
+        self._keys = keys
+        self._address = address
+        self._refused: set[bytes] = set()
+
+    def callback(self, domain: str, key: bytes) -> bool:  # pyzmq's name
+        if self._keys.allowed(key):
+            return True
+        if key not in self._refused and len(self._refused) < _LOGGED:
+            self._refused.add(key)
+            log.warning("%s: the holder of the unknown public key %s was turned away", self._address, key.decode())
+        return False
+
+
+class _Locked:
+    """A context of its own for a socket that binds with keys, and the authenticator in it."""
+
+    def __init__(self, keys: ServerKeys, address: str) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._keys = keys
+        self._authenticator = ThreadAuthenticator(self.context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(_DOMAIN, credentials_provider=_Doorkeeper(keys, address))
+
+    def lock(self, socket: zmq.Socket[bytes]) -> None:
+        socket.curve_server = True
+        socket.curve_publickey, socket.curve_secretkey = self._keys.own.public, self._keys.own.secret
+        socket.zap_domain = _DOMAIN.encode()
+
+    def close(self) -> None:
+        """After its sockets."""
+        self._authenticator.stop()
+        self.context.term()
+
+
+class _Handshakes:
+    """What becomes of the handshakes of a socket that connects: a refusal has to be told to people."""
+
+    def __init__(self, address: str, has_keys: bool) -> None:
+        self._address = address
+        self._has_keys = has_keys
+        self._in_a_row = 0
+
+    def observe(self, frames: list[bytes]) -> None:
+        """Take one message of the socket's monitor.
+
+        Raises:
+            AddressError: the other end does not accept this one's keys, or this one not the other's.
+        """
+        event = parse_monitor_message(frames)["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._in_a_row = 0
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise AddressError(
+                f"{self._address} does not let this key in: is its public key in the other end's directory of keys? "
+                "(stream.keys; make it there with asyncppo keys)"
+            )
+        elif event in (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
+            self._in_a_row += 1  # after a violation of the protocol ZeroMQ does not try again
+            if self._in_a_row >= _HANDSHAKES or event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                ours = "this end has keys" if self._has_keys else "this end has no keys"
+                raise AddressError(
+                    f"{self._address} answers, and no handshake succeeds: {ours}, so the other one has none, or "
+                    "others; give both ends stream.keys with one directory that asyncppo keys made, or neither"
+                )
+
+
+_WATCHED = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
+
+
+def _unlock(socket: zmq.Socket[Any], keys: ClientKeys | None) -> None:
+    if keys is not None:
+        socket.curve_publickey, socket.curve_secretkey = keys.own.public, keys.own.secret
+        socket.curve_serverkey = keys.server
+
+
+def check_address(address: str, insecure: bool, *, has_keys: bool = False) -> None:
+    """Refuse an address that other hosts can reach, unless there are keys, or that was asked for.
+
+    Raises:
+        AddressError: the address is not loopback, and there are neither keys nor `insecure`.
+    """
+    if has_keys:
+        return
     host = ""
     try:
         host = urlsplit(address).hostname or ""
@@ -34,8 +182,9 @@ def check_address(address: str, insecure: bool) -> None:
         loopback = host == "localhost"
     if not loopback and not insecure:
         raise AddressError(
-            f"{address} is not loopback, and nothing on it is encrypted or authenticated: keep to 127.0.0.1 (or a "
-            "tunnel), or say stream.insecure=true on a network that you trust"
+            f"{address} is not loopback, and without keys nothing on it is encrypted or authenticated: make keys with "
+            "asyncppo keys DIR and give both ends stream.keys=DIR, keep to 127.0.0.1 (or a tunnel), or say "
+            "stream.insecure=true on a network that you trust"
         )
 
 
@@ -57,21 +206,30 @@ class ZmqHub:
     Args:
         address: `tcp://host:port`; port 0 or * takes a free one.
         max_bytes: larger messages are refused.
+        keys: for CURVE; without them everybody is let in.
 
     Raises:
         AddressError: the address cannot be bound.
     """
 
-    def __init__(self, address: str, max_bytes: int = 512 << 20) -> None:
+    def __init__(self, address: str, max_bytes: int = 512 << 20, keys: ServerKeys | None = None) -> None:
         self._codec = Codec(ToTrainer, max_bytes)
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._locked = _Locked(keys, address) if keys else None
+        context: zmq.Context[zmq.Socket[bytes]] = self._locked.context if self._locked else zmq.Context.instance()
         self._socket = context.socket(zmq.ROUTER)
+        if self._locked:
+            self._locked.lock(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
         self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._address = _bind(self._socket, address.replace(":0", ":*") if address.endswith(":0") else address)
+        try:
+            self._address = _bind(self._socket, address.replace(":0", ":*") if address.endswith(":0") else address)
+        except AddressError:
+            if self._locked:
+                self._locked.close()
+            raise
         self._bell = context.socket(zmq.PULL)
         self._bell.bind(f"inproc://wake-{id(self)}")
         self._ringer = context.socket(zmq.PUSH)
@@ -115,12 +273,23 @@ class ZmqHub:
     def close(self) -> None:
         for socket in (self._ringer, self._bell, self._socket):
             socket.close()
+        if self._locked:
+            self._locked.close()
 
 
 class ZmqLink:
-    """`Link` on a DEALER socket in the running event loop."""
+    """`Link` on a DEALER socket in the running event loop.
 
-    def __init__(self, address: str, identity: bytes, max_bytes: int = 512 << 20) -> None:
+    Args:
+        address: where the hub listens.
+        identity: who this is.
+        max_bytes: larger messages are refused.
+        keys: for CURVE.
+    """
+
+    def __init__(
+        self, address: str, identity: bytes, max_bytes: int = 512 << 20, keys: ClientKeys | None = None
+    ) -> None:
         self._codec = Codec(ToRollout, max_bytes)
         context: zmq.asyncio.Context = zmq.asyncio.Context.instance()
         self._socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)
@@ -129,43 +298,105 @@ class ZmqLink:
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        _unlock(self._socket, keys)
+        self._monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(_WATCHED)
+        self._handshakes = _Handshakes(address, keys is not None)
+        self._refused: asyncio.Future[None] = asyncio.ensure_future(self._watch())
         self._socket.connect(address)
 
     async def receive(self) -> Any:
-        return self._codec.decode(await self._socket.recv_multipart())
+        message: asyncio.Future[list[bytes]] = asyncio.ensure_future(self._socket.recv_multipart())
+        try:
+            await asyncio.wait((message, self._refused), return_when=asyncio.FIRST_COMPLETED)
+            if message.done():
+                return self._codec.decode(message.result())
+        finally:
+            message.cancel()
+        self._refused.result()
+        raise AssertionError("the monitor ended without a reason")
 
     async def send(self, message: Message) -> None:
         await self._socket.send_multipart(self._codec.encode(message))
 
     def close(self) -> None:
+        if not self._refused.cancel() and not self._refused.cancelled():
+            self._refused.exception()  # who closes does not ask any more
+        self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()
+
+    async def _watch(self) -> None:
+        while True:
+            self._handshakes.observe(await self._monitor.recv_multipart())
 
 
 class ZmqChannel:
-    """`Channel` on a DEALER socket; the critic binds, the learner connects."""
+    """`Channel` on a DEALER socket; the critic binds, the learner connects.
 
-    def __init__(self, address: str, receives: Any, *, bind: bool, max_bytes: int = 2 << 30) -> None:
+    Args:
+        address: `tcp://host:port`, or `ipc://path`, on which there are no keys.
+        receives: the union of messages that may come.
+        bind: whether this end listens.
+        max_bytes: larger messages are refused.
+        keys: for CURVE: `ServerKeys` where it listens, else `ClientKeys`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        receives: Any,
+        *,
+        bind: bool,
+        max_bytes: int = 2 << 30,
+        keys: ServerKeys | ClientKeys | None = None,
+    ) -> None:
         self._codec = Codec(receives, max_bytes)
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._locked = _Locked(keys, address) if isinstance(keys, ServerKeys) else None
+        context: zmq.Context[zmq.Socket[bytes]] = self._locked.context if self._locked else zmq.Context.instance()
+        self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.SNDTIMEO, 1000)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._monitor: zmq.Socket[bytes] | None = None
         if bind:
-            _bind(self._socket, address)
+            try:
+                if self._locked:
+                    self._locked.lock(self._socket)
+                _bind(self._socket, address)
+            except AddressError:
+                if self._locked:
+                    self._locked.close()
+                raise
         else:
+            client = keys if isinstance(keys, ClientKeys) else None
+            _unlock(self._socket, client)
+            self._monitor = self._socket.get_monitor_socket(_WATCHED)
+            self._handshakes = _Handshakes(address, client is not None)
             self._socket.connect(address)
 
     def send(self, message: Message) -> bool:
         try:
             self._socket.send_multipart(self._codec.encode(message))
         except zmq.Again:
+            self._look_at_handshakes()
             return False
         return True
 
     def receive(self, timeout_s: float) -> Any | None:
-        if not self._socket.poll(max(0, int(timeout_s * 1000))):
+        self._look_at_handshakes()
+        ready = self._socket.poll(max(0, int(timeout_s * 1000)))
+        if not ready:
             return None
         return self._codec.decode(self._socket.recv_multipart())
 
     def close(self) -> None:
+        if self._monitor:
+            self._socket.disable_monitor()
+            self._monitor.close()
         self._socket.close()
+        if self._locked:
+            self._locked.close()
+
+    def _look_at_handshakes(self) -> None:
+        while self._monitor and self._monitor.poll(0):
+            self._handshakes.observe(self._monitor.recv_multipart())

@@ -15,8 +15,10 @@ from torch import nn
 from asyncppo.config import ActorConfig
 from asyncppo.errors import CheckpointError
 from tests.model_maker import a_world, largest_difference
+from trainer.model import states
 from trainer.model.build import build_engine
 from trainer.model.engine import StepReport, TrainableEngine, schedule
+from trainer.model.states import MOMENTS, WEIGHT, Fragment, Progress, SavedState
 
 pytestmark = pytest.mark.unit
 
@@ -155,17 +157,127 @@ def test_parameters_in_full_are_the_networks_names_and_shapes(make: Make) -> Non
     assert largest_difference(weights(make()), initial) == 0
 
 
-def test_a_run_that_goes_on_from_a_save_is_bit_identical(make: Make, tmp_path: Path) -> None:
-    settings = {"total_steps": 8, "warmup_steps": 3, "schedule": "cosine"}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_that_goes_on_from_a_save_is_bit_identical(make: Make, tmp_path: Path, dtype: str) -> None:
+    settings = {"total_steps": 8, "warmup_steps": 3, "schedule": "cosine", "dtype": dtype}
     engine = make(**settings)
-    train(engine, range(3))
+    for step in range(3):
+        good_step(engine, step)
     engine.save(tmp_path / "state")
-    expected_reports = train(engine, range(3, 6))
+    expected_reports = [good_step(engine, step) for step in range(3, 6)]
     resumed = make(**settings)
-    train(resumed, range(7, 8))  # whatever was there before is gone
+    good_step(resumed, 7)  # whatever was there before is gone
     resumed.load(tmp_path / "state")
-    assert train(resumed, range(3, 6)) == expected_reports
-    assert largest_difference(weights(resumed), weights(engine)) == 0
+    assert [good_step(resumed, step) for step in range(3, 6)] == expected_reports
+    assert all(torch.equal(*pair) for pair in zip(bits(resumed), bits(engine), strict=True))
+
+
+def whole_state(directory: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """What a save holds: every parameter and moment whole, by `kind name`."""
+    saved = SavedState(directory)
+    tensors = {}
+    for name, shape in saved.shapes.items():
+        for kind in (WEIGHT, *MOMENTS):
+            tensors[f"{kind} {name}"] = torch.full(shape, math.nan)
+            saved.read_into(Fragment(kind, name, 0, tensors[f"{kind} {name}"].view(-1)))
+    return saved.progress, tensors
+
+
+@pytest.mark.parametrize("other", ENGINES)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_save_goes_on_in_every_other_engine_and_stage_with_the_same_bits(
+    make: Make, tmp_path: Path, other: str, steps: int
+) -> None:
+    engine = make(warmup_steps=2)
+    train(engine, range(steps))
+    engine.save(tmp_path / "state")
+    settings = {"dtype": "float32", "learning_rate": RATE, "max_grad_norm": 1e9, "weight_decay": 0.1, "warmup_steps": 2}
+    model = ActorConfig(path="", **(settings | ENGINES[other]))
+    moved = build_engine(a_network(), model, STEPS, a_world())
+    train(moved, range(5, 6))
+    moved.load(tmp_path / "state")
+    moved.save(tmp_path / "moved")
+    (progress, tensors), (progress_moved, tensors_moved) = (whole_state(tmp_path / at) for at in ("state", "moved"))
+    assert progress == progress_moved == Progress(steps, steps)
+    assert tensors.keys() == tensors_moved.keys()
+    assert all(torch.equal(tensors[name], tensors_moved[name]) for name in tensors)
+    assert any(tensors[name].any() for name in tensors if "exp_avg" in name) == (steps > 0)
+    assert largest_difference(weights(moved), weights(engine)) == 0
+    expected, reports = train(engine, range(6, 8)), train(moved, range(6, 8))
+    assert [rate for _, rate in reports] == [rate for _, rate in expected]
+    assert largest_difference(weights(moved), weights(engine)) <= 1e-6
+
+
+def test_after_a_resume_the_learning_rate_is_what_the_config_says_now(make: Make, tmp_path: Path) -> None:
+    engine = make(total_steps=8, warmup_steps=2, schedule="linear")
+    train(engine, range(4))
+    engine.save(tmp_path / "state")
+    lower = make(total_steps=8, warmup_steps=2, schedule="linear", learning_rate=RATE / 10)
+    lower.load(tmp_path / "state")
+    assert [rate for _, rate in train(lower, range(2))] == pytest.approx([RATE / 10 * 4 / 6, RATE / 10 * 3 / 6])
+
+
+def test_torchs_random_state_comes_back(make: Make, tmp_path: Path) -> None:
+    engine = make()
+    torch.manual_seed(5)
+    engine.save(tmp_path / "state")
+    drawn = torch.rand(3)
+    torch.manual_seed(6)
+    engine.load(tmp_path / "state")
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_nothing_in_a_save_is_pickled(make: Make, tmp_path: Path) -> None:
+    engine = make()
+    train(engine, range(1))
+    engine.save(tmp_path / "state")
+    assert {path.suffix for path in (tmp_path / "state").iterdir()} == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("what", ["a file", "another network", "an older format"])
+def test_a_save_that_lacks_something_is_refused_by_name_and_nothing_is_loaded(
+    make: Make, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "_FILE_BYTES", 100)
+    engine = make()
+    train(engine, range(1))
+    engine.save(tmp_path)
+    match what:
+        case "a file":
+            next(tmp_path.glob("state-0-of-1-001*")).unlink()
+            message = "ends at element"
+        case "another network":
+            head = (tmp_path / "engine.json").read_text()
+            (tmp_path / "engine.json").write_text(head.replace("2.weight", "3.weight"))
+            message = r"2\.weight of shape None, and the network has \(2, 8\)"
+        case _:
+            (tmp_path / "engine.json").unlink()
+            (tmp_path / "plain.pt").touch()
+            message = "of an earlier version of asyncppo"
+    fresh = make()
+    before = copy.deepcopy(weights(fresh))
+    with pytest.raises(CheckpointError, match=message):
+        fresh.load(tmp_path)
+    assert largest_difference(weights(fresh), before) == 0
+
+
+def test_a_save_in_many_files_is_the_same_save(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make()
+    train(engine, range(2))
+    engine.save(tmp_path / "one")
+    monkeypatch.setattr(states, "_FILE_BYTES", 100)
+    engine.save(tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("state-*"))) > len(list((tmp_path / "one").glob("state-*"))) == 1
+    (_, one), (_, many) = whole_state(tmp_path / "one"), whole_state(tmp_path / "many")
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_float32_states_are_not_rounded_into_a_plain_bfloat16_network(tmp_path: Path) -> None:
+    model = ActorConfig(path="", engine="plain", dtype="float32", learning_rate=RATE)
+    build_engine(a_network(), model, STEPS, a_world()).save(tmp_path)
+    narrow = build_engine(a_network(torch.bfloat16), model, STEPS, a_world())
+    with pytest.raises(CheckpointError, match="would round"):
+        narrow.load(tmp_path)
 
 
 def test_loading_from_a_directory_without_a_save_is_a_checkpoint_error(make: Make, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.real import reference_loop
 from tests.real.reference_loop import Numbers, train
 from tests.real.run_tools import Programs
 from tests.real.test_plain_twin import configure, plain_module
+from trainer.model.states import SavedState
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -139,13 +140,12 @@ def real_run(n: Numbers, base: Path, directory: Path) -> Programs:
 
 
 def weights_of_run(real: Programs) -> list[dict[str, torch.Tensor]]:
-    """Of the actor as it is exported, and of the critics as DeepSpeed saved them."""
+    """Of the actor as it is exported, and of the critics as they are in the checkpoint."""
     (saved,) = (real.run / "checkpoints").glob("step_*")
     weights = [load_file(real.run / "actor/model.safetensors")]
     for critic in range(2):
-        (path,) = (saved / f"critic_{critic}").rglob("mp_rank_00_model_states.pt")
-        module = torch.load(path, weights_only=False)["module"]  # DeepSpeed's file has more than tensors
-        weights.append({name.removeprefix("hf."): tensor for name, tensor in module.items()})
+        state = SavedState(saved / f"critic_{critic}")
+        weights.append({name.removeprefix("hf."): tensor for name, tensor in state.weights()})
     return weights
 
 

@@ -114,7 +114,7 @@ def test_a_role_that_is_started_by_hand_refuses_what_cannot_work_too(
 class Run:
     """A trainer with two critics that waits for rollout servers, and all the processes it started."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *overrides: str) -> None:
         address = f"stream.address=tcp://127.0.0.1:{ports.free_port()}"
         self.config: Config = a_config(directory, address)
         self.log = directory / "trainer.log"
@@ -205,11 +205,22 @@ def test_the_same_command_goes_on_from_there_and_a_foreign_checkpoint_is_refused
     ended = subprocess.run(
         command(tmp_path, *other), cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=90
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
-    assert "CheckpointError" in ended.stderr
     assert "made with 2 critics" in ended.stderr
     assert str(a_model()) in ended.stderr
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_ends_the_trainer_with_1_and_the_reason(run: Run) -> None:
+    run.wait_until_it_waits_for_servers()
+    (run.config.run_directory / "checkpoints").write_text("in the way")
+    run.supervisor.send_signal(signal.SIGTERM)
+    assert run.supervisor.wait(timeout=60) == 1, run.said()
+    assert "CheckpointError: the last checkpoint could not be saved" in run.said()
+    (failed,) = [e for e in read(run.config.run_directory / EVENTS_FILE) if e["event"] == "checkpoint_failed"]
+    assert "File exists" in failed["reason"]
+    AutoModelForCausalLM.from_pretrained(run.config.run_directory / "actor")  # what it had learned is not lost
+    assert run.left_behind(within_s=1) == []
 
 
 def test_sigterm_while_it_starts_exits_0_with_nothing_left(run: Run) -> None:

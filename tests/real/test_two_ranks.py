@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from asyncppo import ports
-from tests.model_maker import a_config, largest_difference, make_model
+from asyncppo.config import load
+from tests.model_maker import a_config, a_world, largest_difference, make_model
 from tests.ranks import BATCHES, CASES, STAGES, SWITCHES
+from trainer.model.policy import Policy
+from trainer.model.states import MOMENTS, WEIGHT, Fragment, SavedState
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 
@@ -119,6 +122,51 @@ def test_two_ranks_go_on_from_a_save_bit_by_bit_even_after_a_skipped_step(
 ) -> None:
     for sizes in results[:2]:
         assert all(sizes[stage, batch]["resumed"].values())
+
+
+def whole_state(directory: Path) -> tuple[SavedState, dict[str, torch.Tensor]]:
+    saved = SavedState(directory)
+    tensors = {}
+    for name, shape in saved.shapes.items():
+        for kind in (WEIGHT, *MOMENTS):
+            tensors[f"{kind} {name}"] = torch.full(shape, torch.nan)
+            saved.read_into(Fragment(kind, name, 0, tensors[f"{kind} {name}"].view(-1)))
+    return saved, tensors
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_one_rank_saved_two_ranks_go_on_from_with_the_same_bits(
+    results: tuple[dict[Any, Any], dict[Any, Any], Path], stage: str
+) -> None:
+    """Under ZeRO 2 the two ranks train in bfloat16, with the masters of the float32 that the one rank had."""
+    one, expected = whole_state(results[2] / "state-1" / f"{stage}-6-0")
+    two, tensors = whole_state(results[2] / "moved" / stage)
+    assert two.progress == one.progress
+    assert one.progress.optimizer_steps > 0
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    files = {path.name for path in (results[2] / "moved" / stage).glob("state-*")}
+    assert files == {f"state-{rank}-of-2-000.safetensors" for rank in range(2)}  # each has written its part
+    dtype = torch.bfloat16 if stage == "2" else torch.float32
+    for name, weights in results[1]["moved", stage].items():
+        assert torch.equal(weights, expected[f"weight hf.{name}"].to(dtype))
+
+
+@pytest.mark.parametrize("into", ["1", "2", "3"])
+@pytest.mark.parametrize("stage", ["1", "3 as for a large model"])
+def test_what_two_ranks_saved_one_rank_goes_on_from_with_the_same_bits(
+    results: tuple[dict[Any, Any], dict[Any, Any], Path], stage: str, into: str, tmp_path: Path
+) -> None:
+    settings = [f"actor.zero_stage={into}", "actor.engine=deepspeed"]
+    policy = Policy(load(results[2] / "config.yaml", settings), a_world())
+    policy.load(results[2] / "state-2" / f"{stage}-6-0")
+    policy.save(tmp_path)
+    two, expected = whole_state(results[2] / "state-2" / f"{stage}-6-0")
+    one, tensors = whole_state(tmp_path)
+    assert one.progress == two.progress
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    for name, weights in policy.weights().items():
+        assert torch.equal(weights, expected[f"weight hf.{name}"])
 
 
 def test_what_rank_0_shares_every_rank_has(results: tuple[dict[Any, Any], dict[Any, Any], Path]) -> None:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("asyncppo", "rollout_server", "trainer")
-TOOLS = tuple(f"asyncppo.{name}" for name in ("cli", "monitor", "report", "demo", "programs", "compare"))
+TOOLS = tuple(f"asyncppo.{name}" for name in ("cli", "monitor", "report", "demo", "programs", "compare", "status"))
 """What people run; the programs do not depend on it."""
 
 

@@ -357,6 +357,11 @@ class Critics:
         if is_first:  # what was sent before was for nobody
             line.unsent = deque(line.unanswered)
             return
+        if not self._come_back:
+            raise EngineError(
+                f"critic {index} is another process than before, and nothing was kept for it to catch up with "
+                "(critic.restarts is 0)"
+            )
         with self._lock:
             lessons, base, missed = self._lessons.of(index), line.base, self._lessons.missed
         if base is None and lessons and lessons[0].step < 0:  # in the warm start: it begins as that began

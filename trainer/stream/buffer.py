@@ -70,9 +70,7 @@ class Buffer:
             del self._groups[group.lease]
         return stale
 
-    def take(
-        self, version: int, due: Mapping[int, int], *, wait_for_slow: bool = True
-    ) -> list[BufferedGroup] | None:
+    def take(self, version: int, due: Mapping[int, int], *, wait_for_slow: bool = True) -> list[BufferedGroup] | None:
         """The next batch, earliest due first, or None while it has to wait for more groups, or for slow ones.
 
         Those due at once are in the order of their prompts, not of their arrival: where the bound is 0 a batch is then

@@ -446,7 +446,9 @@ class Intake:
                     if other.identity != identity:
                         self._outbox.append((other.identity, Refused(reason=_REPLACED)))  # if it still lives
             self._pool.join(identity, hello, now)
-            log.info("rollout server %s joined: %s, %d groups at once", hello.server, brief(hello.engine), hello.capacity)
+            log.info(
+                "rollout server %s joined: %s, %d groups at once", hello.server, brief(hello.engine), hello.capacity
+            )
             self._journal.event("server_joined", server=hello.server, engine=hello.engine, capacity=hello.capacity)
         else:
             known.last_seen = now

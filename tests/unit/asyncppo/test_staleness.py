@@ -471,7 +471,8 @@ class House:
         sequence = self.ledger.prompts.after(0)
         state = self.ledger.state()
         fresh = [next(sequence) for _ in range(state.next_position)]
-        left = [fresh[position] for position in state.unconsumed]
+        never_used = [held.position for held in state.buffered if not held.uses]
+        left = [fresh[position] for position in [*state.unconsumed, *never_used]]
         return sorted([*self.used, *((epoch, p.prompt_id) for epoch, p in left)]) == sorted(
             (epoch, p.prompt_id) for epoch, p in fresh
         )

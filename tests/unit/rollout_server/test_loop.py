@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from asyncppo.config import Config, RewardConfig, from_tree
 from asyncppo.errors import EngineError, RefusedError, UserError
 from asyncppo.messages import (
+    MAX_TEXT,
     PROTOCOL,
     Ack,
     Cancel,
@@ -42,6 +43,7 @@ from asyncppo.weights import write_manifest
 from rollout_server.engine import UNLOADED, ScriptedEngine
 from rollout_server.loop import RolloutServer
 from rollout_server.reward import Grader
+from tests.stream_maker import a_group
 
 pytestmark = pytest.mark.unit
 
@@ -656,5 +658,133 @@ def test_a_stop_ends_leases_says_goodbye_and_closes_grader_and_engine(tmp_path: 
         assert world.grader.closed
         assert not await world.engine.healthy()
         assert world.engine.generating == 0
+
+    run(scenario())
+
+
+# --- while the trainer is away ---------------------------------------------------------------------------------------
+
+
+def spill_files(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "runs" / "run" / "spill" / "me").glob("*"))
+
+
+def test_a_group_says_who_leased_it_and_what_it_answers(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            await world.welcome()
+            world.send(replace(a_lease(5), epoch=3, prompt_id="sum"))
+            group = await world.expect(Group)
+            assert (group.trainer, group.epoch, group.prompt_id) == ("t1", 3, "sum")
+
+    run(scenario())
+
+
+def test_what_is_finished_while_the_trainer_is_away_waits_on_disk_and_is_offered_to_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=0.04)
+        async with world.serving():
+            ready = await world.welcome()
+            world.send(a_lease(1), Unknown())  # the trainer has been started again; the answer takes 0.3 s
+            await world.expect(Hello)
+            deadline = time.monotonic() + 5
+            while spill_files(tmp_path) != ["1.group"]:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+            assert not [message for message in await world.quiet(0.1) if isinstance(message, Group)]
+            world.send(welcome("t2"), ready)
+            group = await world.expect(Group, lease=1)
+            assert group.trainer == "t1"
+            world.send(Ack(lease=1))
+            await world.expect(Status, unacknowledged=0)
+            assert spill_files(tmp_path) == []
+
+    run(scenario())
+
+
+def test_a_new_process_of_the_same_name_offers_what_the_old_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=0.01)
+        async with world.serving():
+            await world.welcome()
+            world.send(a_lease(1), a_lease(2), Unknown())
+            while len(spill_files(tmp_path)) < 2:
+                await asyncio.sleep(0.01)
+        world.peer = b""
+        async with world.serving():
+            await world.expect(Hello)
+            world.send(welcome("t2"))
+            first, second = await world.expect(Group), await world.expect(Group)
+            assert {first.lease, second.lease} == {1, 2}
+            world.send(Ack(lease=1), Ack(lease=2))
+            await world.expect(Status, unacknowledged=0)
+        assert spill_files(tmp_path) == []
+
+    run(scenario())
+
+
+def test_generation_pauses_while_the_outbox_is_full_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    async def scenario() -> None:
+        world = World(tmp_path)
+        async with world.serving():
+            await world.welcome()
+            world.server._outbox._limit = 1
+            world.send(a_lease(1))
+            await world.expect(Group, lease=1)
+            world.send(a_lease(2))
+            await world.expect(Status, state="outbox full", groups_in_flight=1)
+            world.send(Ack(lease=1))
+            await world.expect(Group, lease=2)
+
+    run(scenario())
+    assert "generation pauses: 1 finished groups wait" in caplog.text
+
+
+def test_a_group_that_is_too_large_to_be_sent_is_given_back_with_the_reason(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.config = replace(world.config, stream=replace(world.config.stream, max_message_mb=1))
+
+        async with world.serving():
+            await world.welcome()
+            world.server._check_size(make_group_of(100_000, 20_000))
+            with pytest.raises(EngineError, match=r"at most stream\.max_message_mb \(1\)"):
+                world.server._check_size(make_group_of(100_000, 80_000))
+
+    run(scenario())
+
+
+def make_group_of(*lengths: int) -> Group:
+    return a_group(1, [[(0, length)] for length in lengths])
+
+
+@pytest.mark.parametrize("reason", ["x" * 1_000_000, "\x1b[31mred\x00"], ids=["endless", "control characters"])
+def test_a_reason_of_the_engine_arrives_however_it_looks(tmp_path: Path, reason: str) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+
+        async def fail(*_: Any) -> None:
+            raise EngineError(reason)
+
+        async with world.serving():
+            await world.welcome()
+            world.engine.generate = fail  # type: ignore[assignment,method-assign]
+            world.send(a_lease(1))
+            failed = await world.expect(Failed, lease=1)
+            assert len(failed.reason) <= MAX_TEXT
+            assert failed.reason.isprintable()
 
     run(scenario())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.stream_maker import a_buffered, a_group
 from trainer.stream.buffer import Buffer
@@ -35,11 +38,19 @@ def test_a_batch_waits_until_there_are_enough_groups() -> None:
     assert len(buffer) == 1
 
 
-def test_the_earliest_due_come_first_and_ties_in_order_of_their_leases() -> None:
+def test_the_earliest_due_come_first_and_ties_in_order_of_their_prompts() -> None:
     buffer = a_buffer((4, 1), (3, 1), (2, 0), (1, 1))
     assert taken(buffer, 1, {1: 1, 2: 3}) == [2, 1]
     assert taken(buffer, 2, {2: 2}) == [3, 4]
     assert len(buffer) == 0
+
+
+@given(order=st.permutations(range(6)), leases=st.permutations(range(6)))
+def test_neither_arrival_nor_lease_numbers_change_a_batch(order: list[int], leases: list[int]) -> None:
+    buffer = Buffer(0, 6)
+    for position in order:
+        buffer.add(replace(a_buffered(3, leases[position]), position=position))
+    assert [group.position for group in buffer.take(3, {3: 6}) or []] == list(range(6))
 
 
 def test_what_is_too_stale_is_taken_out_and_what_is_just_in_time_stays() -> None:

@@ -255,7 +255,7 @@ def test_a_critic_that_fails_is_named_with_its_reason(served: Served, tmp_path: 
     served.view.wait_until_ready()
     (tmp_path / "critic_0").mkdir()
     served.critics[0].save(tmp_path / "critic_0")
-    with pytest.raises(EngineError, match=r"critic 1 failed: CheckpointError: .*critic_1: expected plain\.pt"):
+    with pytest.raises(EngineError, match=r"critic 1 failed: CheckpointError: .*critic_1: expected engine\.json"):
         served.view.load(tmp_path)
     served.threads[1].join(timeout=10)
     assert type(served.errors[1]).__name__ == "CheckpointError"
@@ -265,25 +265,30 @@ def test_a_critic_that_fails_is_named_with_its_reason(served: Served, tmp_path: 
 def test_no_answer_within_the_time_limit_is_a_stall_that_names_the_critic(tmp_path: Path) -> None:
     ends = [MemoryChannel.pair(ToCritic) for _ in range(2)]
     view = Critics(a_config(tmp_path, "critic.timeout_s=0.3"), [learner for learner, _ in ends])
-    ends[0][1].send(CriticReady(index=0, parameters=1))
+    ends[0][1].send(CriticReady(index=0, parameters=1, session="a"))
     started = time.monotonic()
     with pytest.raises(StallError, match=r"for critic 1 to come up \(critic\.timeout_s\)"):
         view.wait_until_ready()
     assert 0.25 < time.monotonic() - started < 5
 
 
-def test_an_answer_to_something_else_is_no_answer(tmp_path: Path) -> None:
+def test_an_answer_to_something_else_or_of_another_process_is_no_answer(tmp_path: Path) -> None:
     learner, critic = MemoryChannel.pair(ToCritic)
     view = Critics(a_config(tmp_path, "critic.timeout_s=0.2"), [learner])
-    critic.send(Done())
-    with pytest.raises(StallError, match="learn and give its values"):
-        view.values()
-    nothing = np.zeros(0, dtype=np.float32)
-    late = Learned(step=3, values=np.zeros(23, dtype=np.float32), fresh_values=nothing, metrics={}, seconds=1.0)
+    critic.send(CriticReady(index=0, parameters=1, session="now"))
+    view.wait_until_ready()
     view.learn(a_batch(version=4), a_reward(), 4)
-    critic.send(late)
-    with pytest.raises(StallError, match="learn and give its values"):
-        view.values()
+    numbers, nothing = np.zeros(23, dtype=np.float32), np.zeros(0, dtype=np.float32)
+
+    def learned(step: int, session: str) -> Learned:
+        return Learned(step=step, values=numbers, fresh_values=nothing, metrics={}, seconds=1.0, session=session)
+
+    for wrong in (Done(session="now"), learned(3, "now"), learned(4, "before")):
+        critic.send(wrong)
+        with pytest.raises(StallError, match="learn and give its values"):
+            view.values()
+    critic.send(learned(4, "now"))
+    assert view.values().values.tolist() == [[0.0] * 23]
 
 
 def test_without_critics_there_are_no_values(tmp_path: Path) -> None:
@@ -306,7 +311,10 @@ def test_a_stop_ends_every_critic(served: Served) -> None:
 def test_a_critic_that_is_told_to_end_says_so_to_the_learner(tmp_path: Path) -> None:
     learner, critic = MemoryChannel.pair(ToCritic)
     view = Critics(a_config(tmp_path), [learner])
-    serve(a_critic(tmp_path), critic, 0, a_world(), should_stop=lambda: True)
+    asked = iter([False, False, True])
+    assert not serve(a_critic(tmp_path), critic, 0, a_world(), should_stop=lambda: next(asked))
+    view.wait_until_ready()
+    view.learn(a_batch(), a_reward(), 4)
     with pytest.raises(EngineError, match="critic 0 failed: it was told to end, and not by the learner"):
         view.values()
 

@@ -157,7 +157,7 @@ def test_only_the_first_rank_talks_with_servers() -> None:
         other.announce(weights_of(4))
     with pytest.raises(AssertionError, match="only rank 0 has the intake"):
         other.limit_staleness(1)
-    assert other.ledger_state().consumed == 0
+    assert other.state().ledger.consumed == 0
 
 
 @pytest.mark.parametrize(("on_error", "responses"), [("mask", 3), ("zero", 4)])

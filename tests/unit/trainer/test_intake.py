@@ -40,6 +40,7 @@ from asyncppo.metrics import EVENTS_FILE, Journal, read
 from asyncppo.transport.memory import MemoryHub
 from tests.stream_maker import (
     a_config,
+    a_group,
     a_group_of_version,
     a_hello,
     a_prompt,
@@ -619,6 +620,263 @@ def test_what_was_dropped_without_a_group_has_no_length(build: Build) -> None:
     alice.say(Failed(lease=alice.leases(1)[0].lease, reason="no"))
     house.waits_for(lambda counts: counts.dropped == {"not completed": 1})
     assert "length_mean" not in house.events("dropped")[0]
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_older_process_that_still_lives_is_told_to_end_and_cannot_push_the_new_one_out(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    old = house.server("alice", incarnation="1").join()
+    old.leases(4)
+    new = house.server("alice", incarnation="2").join()
+    leases = new.leases(4)
+    assert "a newer process has its name" in old.hear(Refused).reason
+    old.say(a_status())
+    old.hear(Unknown)
+    old.say(old.hello)  # as if it had not heard
+    assert "a newer process has its name" in old.hear(Refused).reason
+    new.answer(*leases)
+    assert (house.counts().servers, house.counts().buffered) == (1, 4)
+
+
+def test_an_older_process_that_was_lost_and_comes_back_finds_its_name_taken(build: Build) -> None:
+    house = build(stream={"heartbeat_s": 0.05})
+    house.announce(0)
+    old = house.server("alice", incarnation="1").join()
+    house.waits_for(lambda counts: counts.servers == 0)
+    new = house.server("alice", incarnation="2").join()
+    new.leases(4)
+    old.say(old.hello)
+    old.hear(Refused)
+    assert house.counts().servers == 1
+
+
+# --- servers that fail -----------------------------------------------------------------------------------------------
+
+
+def failed(lease: Lease) -> Failed:
+    return Failed(lease=lease.lease, reason="no")
+
+
+def test_a_server_that_fails_again_and_again_is_set_aside_then_tried_with_one_lease_and_welcomed_back(
+    build: Build,
+) -> None:
+    house = build(batch=8, stream={"failures_in_a_row": 2, "set_aside_s": 0.4})
+    house.announce(0)
+    alice = house.server("alice", capacity=4).join()
+    first = alice.leases(4)
+    alice.say(failed(first[0]), failed(first[1]))
+    alice.leases(1)  # for the first failure; the second sets it aside
+    started = time.monotonic()
+    (probe,) = alice.leases(1)
+    assert time.monotonic() - started > 0.25
+    # What it still held was taken away when it got its chance, so that the one lease is all that it has:
+    assert len([m for m in alice.hear_all() if isinstance(m, Cancel)]) == 3
+    assert house.counts().dropped == {"not completed": 2, "server set aside": 3}
+    alice.say(failed(probe))  # aside again, for twice as long
+    started = time.monotonic()
+    (probe,) = alice.leases(1)
+    assert time.monotonic() - started > 0.6
+    alice.answer(probe)
+    alice.leases(4)
+    assert len(house.events("server_set_aside")) == 2
+    assert len(house.events("server_back")) == 1
+
+
+def test_a_completed_group_starts_the_count_of_failures_again(build: Build) -> None:
+    house = build(batch=8, stream={"failures_in_a_row": 2, "set_aside_s": 60})
+    house.announce(0)
+    alice = house.server("alice", capacity=1).join()
+    for _ in range(3):
+        alice.say(failed(alice.leases(1)[0]))
+        alice.answer(alice.leases(1)[0])
+    alice.leases(1)
+    assert house.events("server_set_aside") == []
+
+
+def test_malformed_groups_and_expired_leases_are_failures_too(build: Build) -> None:
+    house = build(batch=8, stream={"failures_in_a_row": 2, "set_aside_s": 60, "lease_timeout_s": 0.3})
+    house.announce(0)
+    alice = house.server("alice", capacity=1).join()
+    alice.say(a_group_of_version(0, alice.leases(1)[0].lease, responses=5))
+    alice.hear(Ack)
+    alice.leases(1)  # never answered
+    alice.hear(Cancel)
+    assert not [message for message in alice.hear_all() if isinstance(message, Lease)]
+    assert "2 leases in a row" in house.events("server_set_aside")[0]["reason"]
+
+
+def test_a_server_that_is_set_aside_does_not_hold_up_the_others(build: Build) -> None:
+    house = build(batch=2, max_staleness=1, stream={"failures_in_a_row": 1, "set_aside_s": 60})
+    house.announce(0)
+    bad, good = house.server("bad").join(), house.server("good")
+    bad.say(*map(failed, bad.leases(4)))
+    house.waits_for(lambda counts: counts.in_flight == 0)
+    good.answers_everything = True
+    good.say(good.hello)
+    assert len(house.take(0)) == 2
+
+
+def test_a_prompt_that_failed_at_one_server_goes_to_another_where_there_is_one(build: Build) -> None:
+    house = build(batch=1, max_staleness=0)
+    house.announce(0)
+    alice = house.server("alice").join()
+    (lease,) = alice.leases(1)
+    bob = house.server("bob").join()
+    house.waits_for(lambda counts: counts.swaps == 2)
+    alice.say(failed(lease))  # she is the less busy one by her place
+    (again,) = bob.leases(1)
+    bob.say(failed(again))
+    alice.leases(1)
+    alice.say(Goodbye(reason=""))
+    bob.leases(1)  # the only one
+
+
+# --- late swaps ------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_does_not_swap_is_set_aside_and_no_version_is_kept_for_it(build: Build) -> None:
+    house = build(batch=4, max_staleness=3, rollout={"swap_timeout_s": 0.2})
+    house.announce(0)
+    hung, good = house.server("hung").join(), house.server("good").join()
+    leases = hung.leases(4)
+    good.leases(4)
+    house.waits_for(lambda counts: counts.swaps == 2)
+    house.announce(1)
+    good.say(swapped(1))
+    house.waits_for(lambda counts: counts.swaps == 3)
+    assert house.intake.oldest_served_version() == 0  # it may yet swap, or fall back
+    deadline = time.monotonic() + LONG
+    while house.intake.oldest_served_version() != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "does not swap to version 1" in house.events("server_set_aside")[0]["reason"]
+    hung.say(failed(leases[0]))
+    assert not [message for message in hung.hear_all() if isinstance(message, Lease)]
+    hung.say(swapped(1))
+    hung.leases(1)
+    assert house.intake.oldest_served_version() == 1
+    assert len(house.events("server_back")) == 1
+
+
+def test_a_server_that_claims_a_version_that_was_not_published_is_not_believed(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server()
+    alice.say(alice.hello, swapped(7))
+    house.waits_for(lambda counts: counts.malformed == 1)
+    assert not [message for message in alice.hear_all() if isinstance(message, Lease)]
+
+
+# --- what is too slow ------------------------------------------------------------------------------------------------
+
+
+def test_what_can_be_in_no_batch_any_more_is_cancelled_before_the_swap_and_leased_again(build: Build) -> None:
+    house = build(batch=2, max_staleness=0)
+    house.announce(0)
+    alice = house.server().join()
+    slow = alice.leases(2)
+    house.announce(1)  # version 0 is not trained any more, as with a run that goes on from elsewhere
+    heard = alice.hear_all()
+    kinds = [type(message) for message in heard]
+    assert kinds.index(Cancel) < len(kinds) - 1 - kinds[::-1].index(WeightsReady)
+    assert [m.leases[0] for m in heard if isinstance(m, Cancel)] == [lease.lease for lease in slow]
+    alice.say(swapped(1))
+    assert sorted(names(alice.leases(2))) == names(slow)
+    assert house.counts().dropped == {"too stale": 2}
+
+
+def test_where_slow_prompts_are_dropped_nothing_waits_for_them_and_they_are_cancelled_when_overdue(
+    build: Build,
+) -> None:
+    house = build(batch=2, max_staleness=1, stream={"slow": "drop"})
+    house.announce(0)
+    alice = house.server(capacity=6).join()
+    leases = alice.leases(4)
+    alice.answer(*leases[:3])
+    house.take(0)
+    house.announce(1)
+    alice.join(version=1)
+    alice.answer(*alice.leases(2))  # both overtake the slow one
+    assert leases[2].lease in [held.lease for held in house.take(1)]
+    assert alice.hear(Cancel).leases == [leases[3].lease]
+    counts = house.counts()
+    assert counts.dropped == {"too stale": 1}
+    assert (counts.consumed_length, counts.consumed_reward) == (2.0, 0.5)
+
+
+def test_lengths_and_rewards_of_what_is_dropped_are_counted_and_a_bias_is_said(
+    build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = build(steps=99, batch=1, max_staleness=0, prompts=200)
+    alice = house.server(capacity=1)
+    alice.say(alice.hello)
+    for version in range(40):
+        house.announce(version)
+        alice.say(swapped(version))
+        (lease,) = alice.leases(1)
+        if version < 20:
+            alice.answer(lease, version=version)
+            house.take(version)
+        else:  # never taken: the next version makes it too old
+            group = a_group(lease.lease, [[(version, 9)], [(version, 11)]], rewards=[1, 1])
+            alice.say(group)
+            house.waits_for(lambda counts: counts.buffered == 1)
+            house.intake._remove_stale(version + 1)
+    counts = house.counts()
+    assert (counts.consumed_length, counts.dropped_length, counts.dropped_reward) == (2.0, 10.0, 1.0)
+    assert "drops are biased: the 20 dropped groups have 10 tokens" in caplog.text
+
+
+# --- acknowledgement -------------------------------------------------------------------------------------------------
+
+
+def test_a_group_is_acknowledged_only_when_the_ledger_holds_it(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server().join()
+    (lease, *_) = alice.leases(4)
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(house.intake._ledger, "receive", fail)
+    alice.say(a_group_of_version(0, lease.lease))
+    assert not [message for message in alice.hear_all(0.5) if isinstance(message, Ack)]
+    with pytest.raises(OSError, match="no space"):
+        house.counts()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"response_ids": np.array([0, 1, 100, 64], np.int32)},
+        {"lengths": np.array([3, 1], np.int32), "span_lengths": np.array([3, 1], np.int32)},
+        {"epoch": 7, "prompt_id": "p0"},
+        {"prompt_id": "another"},
+    ],
+    ids=["vocabulary", "too long", "epoch", "prompt"],
+)
+def test_a_group_that_would_break_training_or_answers_another_prompt_is_malformed(
+    build: Build, changes: dict[str, Any]
+) -> None:
+    house = build(sampling={"max_response_tokens": 2})
+    house.intake._identity = Identity("agreement", "model", "tokenizer", vocabulary=100)
+    house.announce(0)
+    alice = house.server().join()
+    (lease, *_) = alice.leases(4)
+    group = msgspec.structs.replace(
+        a_group_of_version(0, lease.lease), response_ids=np.array([0, 1, 99, 64], np.int32), prompt_id=lease.prompt_id
+    )
+    alice.say(msgspec.structs.replace(group, **changes))
+    alice.hear(Ack)
+    assert house.counts().dropped == {"malformed": 1}
+    (_, again, *_) = [lease, *alice.leases(1)]
+    good = msgspec.structs.replace(group, lease=again.lease, prompt_id=again.prompt_id)
+    alice.say(good)
+    house.waits_for(lambda counts: counts.buffered == 1)
 
 
 # --- replay ----------------------------------------------------------------------------------------------------------

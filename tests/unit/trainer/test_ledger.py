@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import msgspec
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from asyncppo.errors import ConservationError
+from asyncppo.errors import ConservationError, ResumeError
 from tests.stream_maker import some_prompts
-from trainer.stream.ledger import NO_SIGNAL, NOT_COMPLETED, Ledger, LedgerState
+from trainer.stream.ledger import NO_SIGNAL, NOT_COMPLETED, BufferedState, Ledger, LedgerState
 
 pytestmark = pytest.mark.unit
 
@@ -136,7 +137,44 @@ def test_counts_that_do_not_add_up_are_a_conservation_error(count: str) -> None:
     ledger = a_ledger()
     ledger.receive(lease(ledger), 0)
     setattr(ledger, count, getattr(ledger, count) + 1)
-    with pytest.raises(ConservationError, match=r"admitted \d != in flight"):
+    with pytest.raises(ConservationError, match=r"admitted \d, in flight -?\d, buffered \d, consumed \d, dropped \d"):
+        ledger.check()
+
+
+def test_a_prompt_in_two_places_is_a_conservation_error() -> None:
+    ledger = a_ledger()
+    record = ledger.records[lease(ledger)]
+    ledger.check()
+    ledger._again[record.epoch, record.prompt.prompt_id] = (record.position, record.prompt)
+    with pytest.raises(ConservationError, match="prompts: one is in two places"):
+        ledger.check()
+    ledger._again.clear()
+    lease(ledger)
+    second = ledger.records[max(ledger.records)]
+    second.position = record.position
+    with pytest.raises(ConservationError, match="prompts: one is in two places"):
+        ledger.check()
+
+
+@pytest.mark.parametrize("wrong", ["lost", "twice", "signal"])
+def test_a_prompt_that_is_nowhere_or_was_consumed_twice_is_a_conservation_error(wrong: str) -> None:
+    ledger = a_ledger()
+    first, second = lease(ledger), lease(ledger)
+    ledger.drop(first, "failed")
+    ledger.drop(second, NO_SIGNAL)
+    ledger.check()
+    match wrong:
+        case "lost":
+            ledger._again.clear()
+        case "twice":  # as many leases as uses, but of one prompt
+            again = dict(ledger._again)
+            ledger.receive(lease(ledger), 0)
+            ledger.use(next(iter(ledger.records)))
+            ledger._again.update(again)
+        case _:
+            ledger.dropped[NO_SIGNAL] -= 1
+            ledger.dropped["failed"] += 1
+    with pytest.raises(ConservationError, match=r"prompts: begun != .*prompts begun 2"):
         ledger.check()
 
 
@@ -169,35 +207,145 @@ def a_ledger_in_the_middle() -> Ledger:
     return ledger
 
 
-def test_a_state_names_what_is_not_consumed() -> None:
+def test_a_state_names_what_is_not_consumed_and_has_nothing_in_flight() -> None:
     assert a_ledger_in_the_middle().state() == LedgerState(
-        next_position=4, unconsumed=[1, 2, 3], admitted=2, consumed=1, dropped={"failed": 1}, used=1
+        next_position=4,
+        unconsumed=[1, 2],
+        admitted=3,
+        consumed=1,
+        dropped={"failed": 1},
+        used=1,
+        buffered=[BufferedState(position=3, epoch=0, prompt_id="p3", oldest_version=0, uses=0)],
+        prompts=5,
     )
 
 
-def test_a_restored_ledger_leases_what_was_not_consumed_first_and_adds_up() -> None:
-    state = msgspec.json.decode(msgspec.json.encode(a_ledger_in_the_middle().state()), type=LedgerState)
-    ledger = a_ledger()
-    ledger.restore(state)
-    assert counts(ledger) == (2, 0, 0, 1, 1)
-    leased = [ledger.lease(b"alice", 0, now=0.0).prompt.prompt_id for _ in range(5)]
-    assert leased == ["p1", "p2", "p3", "p4", "p0"]
-    assert counts(ledger) == (7, 5, 0, 1, 1)
+def restored(ledger: Ledger, prompts: int = 5, utd: int = 1) -> Ledger:
+    """As the next process has it."""
+    state = msgspec.json.decode(msgspec.json.encode(ledger.state()), type=LedgerState)
+    fresh = a_ledger(prompts, utd)
+    fresh.restore(state)
+    return fresh
 
 
-def test_a_group_that_was_used_is_not_leased_again_after_a_resume_and_its_other_uses_lapse() -> None:
+def test_a_restored_ledger_leases_what_was_in_flight_first_and_holds_what_was_buffered() -> None:
+    ledger = restored(a_ledger_in_the_middle())
+    ledger.check()
+    assert counts(ledger) == (3, 0, 1, 1, 1)
+    assert ledger.due == {BOUND: 1}
+    leased = [ledger.lease(b"alice", 0, now=0.0).prompt.prompt_id for _ in range(4)]
+    assert leased == ["p1", "p2", "p4", "p0"]
+    assert counts(ledger) == (7, 4, 1, 1, 1)
+    assert ledger.held_by(b"") == []
+
+
+def test_further_uses_outlive_a_resume() -> None:
     ledger = a_ledger(utd=3)
     first, second = lease(ledger), lease(ledger)
     ledger.receive(first, 0)
     ledger.receive(second, 0)
     ledger.use(first)
-    state = ledger.state()
-    assert state == LedgerState(next_position=2, unconsumed=[1], admitted=1, consumed=1, dropped={}, used=1, lapsed=2)
+    ledger = restored(ledger, utd=3)
+    assert counts(ledger) == (2, 0, 2, 0, 0)
+    assert (ledger.due, ledger.reusable) == ({BOUND: 1}, {(BOUND, 2): 1})
+    (used,) = [record for record in ledger.records.values() if record.uses]
+    assert ledger.use(used.lease)
+    assert not ledger.use(used.lease)
+    assert (ledger.used, ledger.consumed, ledger.lapsed) == (3, 1, 0)
+    ledger.check()
+
+
+def test_how_often_a_prompt_failed_outlives_a_resume_until_it_is_given_up() -> None:
+    ledger = a_ledger(prompts=3)
+    for _ in range(4):
+        ledger.drop(lease(ledger), NOT_COMPLETED)
+    ledger = restored(ledger, prompts=3)
+    ledger.drop(lease(ledger), NOT_COMPLETED)
+    assert ledger.lease(b"alice", 0, now=0.0).position == 1
+    assert ledger.given_up == 1
+    restored(ledger, prompts=3).check()
+
+
+def test_another_dataset_is_refused_at_a_resume() -> None:
+    ledger = a_ledger_in_the_middle()
+    with pytest.raises(ResumeError, match="made with a dataset of 5 prompts, this one has 6"):
+        restored(ledger, prompts=6)
+    other = Ledger(some_prompts(5, seed=1, shuffle=True), BOUND)
+    with pytest.raises(ResumeError, match=r"a group of prompt 'p3' of epoch 0; the dataset has in its place 'p\d'"):
+        other.restore(ledger.state())
+
+
+# --- groups of leases from before ------------------------------------------------------------------------------------
+
+
+def a_ledger_after_a_resume() -> Ledger:
+    """Of version 3 by the process "old"; p0 consumed, p1 and p2 waiting, p3 buffered."""
+    ledger = a_ledger_in_the_middle()
+    ledger.history["old"] = 3
+    return restored(ledger)
+
+
+def test_a_group_of_a_lease_from_before_is_adopted_once_in_the_place_of_a_new_lease() -> None:
+    ledger = a_ledger_after_a_resume()
+    assert ledger.objection("old", 3, 0, "p2") is None
+    record = ledger.adopt(0, "p2", b"alice", 1, now=0.0)
+    ledger.check()
+    assert ledger.objection("old", 3, 0, "p2") == "not wanted"
+    ledger.receive(record.lease, 1)
+    assert counts(ledger) == (4, 0, 2, 1, 1)
+    assert [ledger.lease(b"bob", 3, now=0.0).prompt.prompt_id for _ in range(2)] == ["p1", "p4"]
+    ledger.check()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "newest", "epoch", "prompt_id", "objection"),
+    [
+        ("old", 3, 0, "p0", "not wanted"),  # consumed
+        ("old", 3, 0, "p3", "not wanted"),  # buffered
+        ("old", 3, 0, "p4", "not wanted"),  # its turn has not come
+        ("old", 3, 1, "p1", "not wanted"),  # of another epoch
+        ("old", 4, 0, "p1", "rolled back"),
+        ("other", 0, 0, "p1", "another run's"),
+        ("", 0, 0, "p1", "another run's"),
+    ],
+)
+def test_what_is_not_waited_for_or_was_rolled_back_is_not_adopted(
+    trainer: str, newest: int, epoch: int, prompt_id: str, objection: str
+) -> None:
+    assert a_ledger_after_a_resume().objection(trainer, newest, epoch, prompt_id) == objection
+
+
+def test_what_a_process_published_counts_for_itself_and_up_to_the_checkpoint_for_the_next() -> None:
+    ledger = a_ledger_after_a_resume()
+    ledger.history["new"] = 5
+    assert ledger.objection("new", 5, 0, "p1") is None
+    assert restored(ledger).history == {"old": 3, "new": 5}
+
+
+# --- ledger.jsonl ----------------------------------------------------------------------------------------------------
+
+
+def test_every_change_of_the_counts_is_a_line() -> None:
+    lines: list[dict[str, Any]] = []
     ledger = a_ledger(utd=3)
-    ledger.restore(state)
-    assert counts(ledger) == (1, 0, 0, 1, 0)
-    assert (ledger.used, ledger.lapsed) == (1, 2)
-    assert [ledger.lease(b"alice", 0, now=0.0).prompt.prompt_id for _ in range(2)] == ["p1", "p2"]
+    ledger.write = lambda **line: lines.append(line)
+    first, second, third, fourth = (lease(ledger) for _ in range(4))
+    for each in (first, second):
+        ledger.receive(each, 0)
+        ledger.use(each)
+    ledger.end_batch(7)
+    ledger.use(first)
+    ledger.end_batch(8, warm_start=True)
+    ledger.lapse(second)
+    ledger.drop(third, "server left")
+    ledger.drop(fourth, NO_SIGNAL)
+    assert lines == [
+        {"version": 7, "groups": [(0, "p0", 1), (0, "p1", 1)]},
+        {"version": 8, "groups": [(0, "p0", 2)], "warm_start": True},
+        {"lapsed": 2, "lease": second, "epoch": 0, "prompt_id": "p1"},
+        {"dropped": "server left", "again": True, "lease": third, "epoch": 0, "prompt_id": "p2"},
+        {"dropped": "no signal", "again": False, "lease": fourth, "epoch": 0, "prompt_id": "p3"},
+    ]
 
 
 class RunWithResumes(RuleBasedStateMachine):
@@ -251,8 +399,7 @@ class RunWithResumes(RuleBasedStateMachine):
     @rule()
     def resume(self) -> None:
         state = self.ledger.state()
-        self.ledger = a_ledger(4, self.UTD)
-        self.ledger.restore(state)
+        self.ledger = restored(self.ledger, 4, self.UTD)
         assert self.ledger.state() == state
 
     @invariant()
@@ -264,17 +411,19 @@ class RunWithResumes(RuleBasedStateMachine):
         state = self.ledger.state()
         sequence = self.ledger.prompts.after(0)
         before = [next(sequence) for _ in range(state.next_position)]
-        left = [before[position] for position in state.unconsumed]
+        never_used = [held.position for held in state.buffered if not held.uses]
+        left = [before[position] for position in [*state.unconsumed, *never_used]]
         names = sorted([*self.uses, *((epoch, prompt.prompt_id) for epoch, prompt in left)])
         assert names == sorted((epoch, prompt.prompt_id) for epoch, prompt in before)
-        assert state.consumed == len(self.uses)
+        assert state.consumed + sum(held.uses > 0 for held in state.buffered) == len(self.uses)
 
     @invariant()
     def every_use_is_counted(self) -> None:
         state = self.ledger.state()
         assert state.used == self.ledger.used == self.uses.total()
         assert all(uses <= self.UTD for uses in self.uses.values())
-        assert state.used + state.lapsed + self.forgone == self.UTD * len(self.uses)
+        left = sum(self.UTD - held.uses for held in state.buffered if held.uses)
+        assert state.used + state.lapsed + left + self.forgone == self.UTD * len(self.uses)
 
 
 TestRunWithResumes = RunWithResumes.TestCase

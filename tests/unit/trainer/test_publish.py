@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncppo.config import Config
@@ -130,10 +130,35 @@ def test_a_version_that_is_half_written_is_never_visible_under_its_name(
         raise OSError("no space left")
 
     monkeypatch.setattr(publish, "write_manifest", stop_before_the_manifest)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(publish, "RETRY_S", 0.2)
+    monkeypatch.setattr(publish, "PAUSE_S", 0.05)
+    with pytest.raises(WeightsError, match=r"version 1 could not be written .* no space left: make room"):
         publisher.publish(policy, policy.weights(), 1)
-    assert seen == [[".partial-00000001"]]
-    assert not list(config.weights_directory.glob("v*"))
+    assert len(seen) > 2
+    assert all(names == [".partial-00000001"] for names in seen)  # each attempt begins from nothing
+    assert published(config.weights_directory) == []
+
+
+def test_a_version_is_published_as_soon_as_there_is_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = a_config(tmp_path)
+    policy, publisher = Policy(config, a_world()), Publisher(config, a_model())
+    attempts = []
+
+    def full_at_first(model: object, weights: object, directory: Path, tokenizer_directory: Path) -> None:
+        attempts.append(directory)
+        if len(attempts) < 3:
+            directory.mkdir()
+            raise SafetensorError("No space left on device")
+        export(model, weights, directory, tokenizer_directory)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(publish, "export", full_at_first)
+    monkeypatch.setattr(publish, "PAUSE_S", 0.01)
+    ready = publisher.publish(policy, policy.weights(), 1)
+    verify(Path(ready.directory), 1, ready.manifest)
+    assert published(config.weights_directory) == ["v00000001"]
+    assert caplog.text.count("version 1 is not published yet") == 2
 
 
 def test_what_a_killed_run_of_the_same_name_left_is_removed(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def some_counts(**changes: object) -> Counts:
 
 
 def a_step() -> StepRecord:
-    step = StepRecord()
+    step = StepRecord(4)
     for name in PHASES:
         with step.phase(name):
             pass
@@ -206,7 +206,7 @@ def test_the_streams_numbers_are_its_counts_and_rates_are_since_the_last_step(
 def test_a_phase_that_comes_twice_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 10.0, 14.0])
     monkeypatch.setattr(record.time, "monotonic", lambda: next(clock))
-    step = StepRecord()
+    step = StepRecord(4)
     for _ in range(2):
         with step.phase("update"):
             pass
@@ -275,7 +275,7 @@ def test_the_effective_sample_size_of_equal_weights_is_1_and_of_none_is_not_a_nu
 
 
 def test_passes_are_counted_their_skipped_steps_added_up_and_the_last_ones_sums_kept() -> None:
-    step = StepRecord()
+    step = StepRecord(4)
     for entropy, skipped in ((1.0, 2.0), (3.0, 0.0), (2.0, 1.0)):
         step.add(SUMS | {"entropy_sum": entropy, "skipped": skipped})
     assert step.passes == 3
