@@ -32,6 +32,10 @@ Frames = list[bytes | memoryview]
 
 MAX_TEXT = 4000
 """Characters of a reason or a description; `brief` keeps to it."""
+MOST_REWARD = 1e9
+"""A reward beyond it is a mistake; its square would still be a float32."""
+_MOST_LOGPROB = 0.1
+"""Above 0 there is only the rounding of low precisions."""
 Name = Annotated[str, Meta(pattern=r"\A[\w.-]{1,100}\Z")]
 """What goes into logs, events and file names as it is."""
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
@@ -152,6 +156,10 @@ class Group(Message, frozen=True, kw_only=True):
             raise MessageError(f"group of lease {self.lease}: token ids, or flags, are out of range")
         if not all(np.isfinite(each).all() for each in (self.behaviour_logprobs, self.rewards, self.step_rewards)):
             raise MessageError(f"group of lease {self.lease}: a log-prob or a reward is not finite")
+        if (self.behaviour_logprobs > _MOST_LOGPROB).any():
+            raise MessageError(f"group of lease {self.lease}: a log-prob of {self.behaviour_logprobs.max():g}")
+        if any((np.abs(each) > MOST_REWARD).any() for each in (self.rewards, self.step_rewards)):
+            raise MessageError(f"group of lease {self.lease}: a reward beyond {MOST_REWARD:g}")
 
 
 class Failed(Message, frozen=True, kw_only=True):

@@ -5,8 +5,8 @@
 Two servers answer their leases properly all the while, so that there is something to disturb, and the trainer takes its
 batches. A message is random bytes, or a good one damaged: bits flipped, frames cut, dropped, doubled or exchanged, a
 field of the header replaced by an odd value, an array by another; from a server of the pool, a stranger or a new name.
-After each the intake has to live, its ledger to add up, and whatever entered the buffer to be a sound group for a lease
-that its sender held. `--messages` go into the intake in memory, a tenth as many through real sockets, and as many as
+After each the intake has to live, its ledger to add up, and whatever entered the buffer to be a sound group of a prompt
+that was leased. `--messages` go into the intake in memory, a tenth as many through real sockets, and as many as
 into the intake into the rollout server. The last line is JSON; the exit code is 0 only if nothing was found.
 """
 
@@ -67,7 +67,7 @@ from trainer.stream.buffer import BufferedGroup
 from trainer.stream.intake import Identity, Intake
 from trainer.stream.prompts import Prompt, Prompts
 
-BATCH, GROUP_SIZE, VOCABULARY, LONGEST = 4, 2, 100, 8
+BATCH, STALENESS, GROUP_SIZE, VOCABULARY, LONGEST = 4, 2, 2, 100, 8
 
 ODD: list[Any] = [
     *(0, 1, -1, 2, 255, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**64 - 1, -(2**63)),
@@ -88,7 +88,7 @@ def a_config(directory: Path) -> Config:
             "sampling": {"group_size": GROUP_SIZE, "max_response_tokens": LONGEST},
             "stream": {
                 "prompts_per_batch": BATCH,
-                "max_staleness": 2,
+                "max_staleness": STALENESS,
                 "slow": "drop",
                 "set_aside_s": 0.01,
                 "lease_timeout_s": 5,
@@ -279,13 +279,14 @@ class IntakeFuzz:
         self._granted: dict[int, tuple[bytes, Lease]] = {}
         self._checked: set[int] = set()
         self._version = 0
+        self._journal = Journal(directory)
         prompts = [Prompt(f"p{n}", np.arange(3, dtype=np.int32), str(n)) for n in range(50)]
         self.intake = Intake(
             a_config(directory),
             self,
             Prompts(prompts, 0, True),
             Identity("a", "m", "t", vocabulary=VOCABULARY),
-            Journal(directory),
+            self._journal,
         )
 
     def run(self, limit_s: float) -> None:
@@ -299,6 +300,7 @@ class IntakeFuzz:
         except BaseException as error:
             self.found.append(f"the intake ended: {type(error).__name__}: {error}")
         self.intake.close(None)
+        self._journal.close()
 
     # --- what the intake sees ---
 
@@ -390,7 +392,7 @@ class IntakeFuzz:
             if lease not in self._checked:
                 self._checked.add(lease)
                 self._check(held)
-        while len(intake._buffer) >= BATCH:
+        while sum(held.oldest_version >= self._version - STALENESS for held in intake._buffer.by_position()) >= BATCH:
             batch = intake.take(self._version, lambda: False)
             assert batch is not None
             self.counts["consumed"] += len(batch)
@@ -404,8 +406,11 @@ class IntakeFuzz:
         granted = self._granted.get(group.lease)
         spans = iter(zip(group.span_versions.tolist(), group.span_lengths.tolist(), strict=True))
         problems = []
-        if granted is None:
-            problems.append("no lease of that number was granted")
+        if granted is None:  # adopted (`Intake._receive_kept`): its prompt waited to be leased again
+            self.counts["adopted"] += 1
+            leased = {(lease.epoch, lease.prompt_id) for _, lease in self._granted.values()}
+            if group.trainer != self.intake._incarnation or (group.epoch, group.prompt_id) not in leased:
+                problems.append("nobody ever leased it")
         elif (granted[1].epoch, granted[1].prompt_id) != (held.epoch, held.prompt.prompt_id):
             problems.append("it answers another prompt")
         if group.lengths.tolist() != [n for n in group.lengths.tolist() if 1 <= n <= LONGEST]:
@@ -423,6 +428,8 @@ class IntakeFuzz:
         for name in ("behaviour_logprobs", "rewards", "step_rewards"):
             if not all(map(_is_finite, getattr(group, name).tolist())):
                 problems.append(name)
+        if max(group.behaviour_logprobs.tolist()) > 1 or max(map(abs, group.rewards.tolist())) > 1e10:
+            problems.append("a log-prob or a reward beyond reason")
         if {*group.truncated.tolist(), *group.reward_errors.tolist()} - {0, 1}:
             problems.append("flags")
         self.found += [f"lease {group.lease} entered the buffer: {problem}" for problem in problems]
@@ -538,7 +545,7 @@ class _Grader(Grader):
         pass
 
     async def grade(self, texts: Sequence[str], answer: str) -> list[Grade]:
-        return [Grade(1.0) for _ in texts]
+        return [Grade(1.0, error=False) for _ in texts]
 
     def close(self) -> None:
         pass

@@ -88,8 +88,8 @@ def _run(
             alone = orphaned(supervisor, _ORPHAN_S) if supervisor else lambda: False
             by_learner = critic(config, index, given[0], lambda: should_stop() or alone())
             if not by_learner and supervisor == os.getppid():
-                log.error("told to end, and neither by the learner nor by the supervisor, which starts it again")
-                return 1
+                log.warning("told to end, and not by the learner")
+                return 1  # the supervisor starts it again, unless it is what told it
             return 0
         case _:
             raise ConfigError(f"--role {role}: expected all, learner or critic")

@@ -24,7 +24,6 @@ from asyncppo.config import Config, dump
 from asyncppo.errors import CheckpointError, ResumeError, StallError
 from asyncppo.metrics import Journal
 from asyncppo.waits import waiting
-from asyncppo.waits import waiting
 from trainer.stream.ledger import LedgerState
 
 log = logging.getLogger("asyncppo.checkpoint")
@@ -247,7 +246,6 @@ class Checkpoints:
             return
         limit = self._config.guard.stall_s
         with waiting("the last checkpoint to reach the disk", limit):
-            with waiting("the checkpoint to reach the disk", limit):
             self._writer.join(limit)
         if self._writer.is_alive():
             raise StallError(f"waited {limit:.0f} s for a checkpoint to reach the disk (guard.stall_s)")

@@ -157,10 +157,10 @@ def _watch(learner: list[subprocess.Popen[bytes]], critics: list[_Critic], shoul
                 log.error("critic %d ended with exit code %d; the others are ended too", critic.index, code)
                 for process in learner:
                     process.send_signal(signal.SIGUSR1)  # it waits for the critic, or is about to
-                return max(code, 1)
+                return _exit_code(code)
         if code := _failure(learner):
             log.error("the learner ended with exit code %d; the others are ended too", code)
-            return max(code, 1)
+            return _exit_code(code)
         if all(process.poll() == 0 for process in learner):
             if learner_ended is None:
                 learner_ended = time.monotonic()
@@ -173,6 +173,11 @@ def _watch(learner: list[subprocess.Popen[bytes]], critics: list[_Critic], shoul
                 log.error("a critic is still there %.0f s after the learner has ended", _LEAVE_S)
                 return 1
         time.sleep(0.1)
+
+
+def _exit_code(of_child: int) -> int:
+    """2 where what was given cannot work, else 1: children end by signals, and libraries with codes of their own."""
+    return _UNUSABLE if of_child == _UNUSABLE else 1
 
 
 def _failure(ranks: list[subprocess.Popen[bytes]]) -> int | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -123,14 +124,18 @@ class Outcome:
     """By the reference, at each step."""
 
 
-def real_run(n: Numbers, base: Path, directory: Path) -> Programs:
+def real_run(
+    n: Numbers, base: Path, directory: Path, meanwhile: Callable[[Programs, int], None] | None = None, **more: Any
+) -> Programs:
     port = ports.free_port()
     each = json.dumps([{"path": str(path)} for path in critics_of(base)])
-    overrides = settings(n) | {"critic.each": each, "critic.path": base / "actor"}
+    overrides = settings(n) | {"critic.each": each, "critic.path": base / "actor"} | more
     real = Programs(base, directory, port, **overrides)
     try:
         trainer = real.trainer()
         server = plain_module().rollout(configure(real), lambda: ZmqLink(f"tcp://127.0.0.1:{port}", b"scripted"))
+        if meanwhile:
+            meanwhile(real, trainer.pid)
         assert real.ended(trainer, 150) == 0, real.log("trainer")
         server.join(timeout=30)
         assert not server.is_alive()
@@ -227,6 +232,26 @@ def test_the_run_saw_the_prompts_responses_advantages_and_masks_of_the_reference
             np.testing.assert_allclose(response.advantages, seen["advantages"][place, : len(ids)], atol=1e-4)
     if n.utd > 1:
         assert min(row["policy/clip_fraction"] for row in rows) > 0.01, "no ratio has left the clip"
+
+
+def kill_critics(real: Programs, trainer: int) -> None:
+    """kill -9 of critic 0 after the first step, and of critic 1 after the third, which a checkpoint came before."""
+    for index, steps in (("0", 1), ("1", 3)):
+        real.until(f"step {steps}", lambda steps=steps: len(real.steps()) >= steps)
+        children = psutil.Process(trainer).children()
+        (critic,) = [child for child in children if f"--role critic --index {index}" in " ".join(child.cmdline())]
+        critic.kill()
+
+
+def test_critics_that_are_killed_in_mid_run_change_no_bit_of_any_parameter(
+    outcome_of: Callable[[str], Outcome], base: Path, tmp_path: Path
+) -> None:
+    checkpoints = {"run.save_every": 2, "run.keep_checkpoints": 1}
+    real = real_run(ONE_PASS, base, tmp_path, kill_critics, **checkpoints)
+    assert [event["critic"] for event in real.events("critic_restarted")] == [0, 1], real.log("trainer")
+    assert [row["step"] for row in real.steps()] == list(range(1, ONE_PASS.steps + 1))
+    for ours, theirs in zip(weights_of_run(real), outcome_of("UTD 1").ours, strict=True):
+        assert largest_difference(ours, theirs) == 0
 
 
 WRONG: dict[str, dict[str, Any]] = {

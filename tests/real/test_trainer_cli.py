@@ -1,6 +1,7 @@
 """`python -m trainer` as a user meets it: what cannot work exits 2 with one line; no end leaves a process behind."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -115,12 +116,13 @@ class Run:
     """A trainer with two critics that waits for rollout servers, and all the processes it started."""
 
     def __init__(self, directory: Path, *overrides: str) -> None:
-        address = f"stream.address=tcp://127.0.0.1:{ports.free_port()}"
-        self.config: Config = a_config(directory, address)
+        settings = [f"stream.address=tcp://127.0.0.1:{ports.free_port()}", *overrides]
+        self.config: Config = a_config(directory, *settings)
+        arguments = [part for setting in settings for part in ("--set", setting)]
         self.log = directory / "trainer.log"
         with self.log.open("ab") as sink:
             self.supervisor = psutil.Popen(
-                command(directory, "--set", address), cwd=REPOSITORY, env=environment(), stdout=sink, stderr=sink
+                command(directory, *arguments), cwd=REPOSITORY, env=environment(), stdout=sink, stderr=sink
             )
         self.family: list[psutil.Process] = [self.supervisor]
 
@@ -157,12 +159,12 @@ class Run:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[], Run]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts trainers of one run directory."""
     with contextlib.ExitStack() as ends:
 
-        def a_run() -> Run:
-            trainer = Run(tmp_path)
+        def a_run(*overrides: str) -> Run:
+            trainer = Run(tmp_path, *overrides)
             ends.callback(trainer.end)
             return trainer
 
@@ -241,16 +243,72 @@ def test_a_killed_supervisor_leaves_no_child_and_no_weights_behind(run: Run) -> 
     assert "Traceback" not in run.said()
 
 
-@pytest.mark.parametrize("index", ["0", "1"])
-def test_a_killed_critic_ends_the_trainer_with_1_and_its_name(run: Run, index: str) -> None:
+def test_a_killed_critic_that_may_not_be_started_again_ends_the_trainer_with_1_and_its_name(
+    start: Callable[..., Run],
+) -> None:
+    run = start("critic.restarts=0")
     run.wait_until_it_waits_for_servers()
-    run.role("critic", "--index", index).kill()
+    run.role("critic", "--index", "1").kill()
     assert run.supervisor.wait(timeout=60) == 1, run.said()
     assert run.left_behind(within_s=1) == []
-    assert f"critic {index} ended with exit code -9; the others are ended too" in run.log.read_text()
+    assert "critic 1 ended with exit code -9; the others are ended too" in run.log.read_text()
     assert "EngineError: a critic has ended" in run.log.read_text()  # the learner ended in order
     assert "was killed" not in run.said()
     assert list(Path(run.config.publish.directory).iterdir()) == []
+
+
+def statuses(run: Run, expected_code: int) -> dict[str, str]:
+    """The condition of each process, as `asyncppo status` says it."""
+    asked = [sys.executable, "-m", "asyncppo.cli", "status", str(run.config.run_directory), "--json"]
+    said = subprocess.run(asked, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=60)
+    assert said.returncode == expected_code, said.stdout + said.stderr
+    return {each["status"]["role"]: each["condition"] for each in json.loads(said.stdout)["processes"]}
+
+
+def test_a_killed_or_told_critic_is_started_again_and_the_trainer_still_saves_all_of_them(run: Run) -> None:
+    run.wait_until_it_waits_for_servers()
+    roles = ["supervisor", "learner", "critic 0", "critic 1"]
+    assert statuses(run, 0) == dict.fromkeys(roles, "running")
+    run.role("critic", "--index", "1").send_signal(signal.SIGSTOP)
+    assert statuses(run, 1)["critic 1"] == "stopped"
+    lost = [run.role("critic", "--index", index) for index in "01"]
+    lost[1].kill()
+    lost[0].terminate()  # as a batch system does that ends every process: none of them may be missing in the checkpoint
+    psutil.wait_procs(lost, timeout=20)
+    assert statuses(run, 1)["critic 1"] == "dead"
+    run.supervisor.send_signal(signal.SIGTERM)
+    assert run.supervisor.wait(timeout=START_S) == 0, run.said()
+    assert run.left_behind(within_s=1) == []
+    assert "critic 1 ended with exit code -9; it is started again in 1 s (1 of 3, critic.restarts)" in run.said()
+    assert "critic 0 ended with exit code 1; it is started again" in run.said()
+    assert Checkpoints(run.config).latest() is not None
+    events = [event for event in read(run.config.run_directory / EVENTS_FILE) if event["event"] == "critic_restarted"]
+    assert sorted(event["critic"] for event in events) == [0, 1]
+    assert statuses(run, 0) == dict.fromkeys(roles, "ended")
+
+
+def test_a_critic_that_dies_whenever_it_is_started_ends_the_trainer_with_1_and_its_last_lines(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CURSED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = start("critic.restarts=1")
+    assert run.supervisor.wait(timeout=START_S) == 1, run.said()
+    said = run.log.read_text()
+    assert "critic 1 ended with exit code 7; it is started again in 1 s (1 of 1, critic.restarts)" in said
+    assert "critic 1 ended with exit code 7; the others are ended too" in said
+    assert said.count("this machine has a curse on critic 1") == 2
+    assert run.left_behind(within_s=1) == []
+    assert statuses(run, 1)["supervisor"] == "failed"
+
+
+CURSED = """
+import os, sys
+words = sys.orig_argv
+if "critic" in words and words[words.index("--index") + 1] == "1":
+    print("this machine has a curse on critic 1", file=sys.stderr, flush=True)
+    os._exit(7)
+"""
 
 
 def test_a_killed_learner_ends_the_trainer_with_1_and_its_critics(run: Run) -> None:

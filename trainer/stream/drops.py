@@ -6,6 +6,8 @@ import logging
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from asyncppo.messages import Group
 
 log = logging.getLogger("asyncppo.intake")
@@ -27,7 +29,7 @@ class Means:
     def add(self, group: Group) -> None:
         """Count one more group."""
         self.groups += 1
-        length, reward = float(group.lengths.mean()), float(group.rewards.mean())
+        length, reward = float(group.lengths.mean()), float(group.rewards.mean(dtype=np.float64))
         if self.groups == 1:
             self.length, self.reward = length, reward
         else:

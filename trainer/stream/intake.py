@@ -407,6 +407,9 @@ class Intake:
                 self._give_back(peer, message.lease, f"failed at {peer.name}: {brief(message.reason)}", now)
             case Status():
                 peer.status = message
+                if self._weights and message.policy_version == self._weights.policy_version != peer.policy_version:
+                    if message.state != "swapping":  # its Swapped was lost: it says so again
+                        self._outbox.append((identity, self._weights))
             case Swapped() if self._weights is None or message.policy_version > self._weights.policy_version:
                 self._count_malformed(f"{peer.name} serves version {message.policy_version}, which was not published")
             case Swapped():

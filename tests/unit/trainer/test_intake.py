@@ -1056,6 +1056,25 @@ def test_a_run_without_any_signal_ends_and_says_so(build: Build, monkeypatch: py
         taking.result(LONG)
 
 
+def test_a_group_without_any_graded_response_is_leased_again_and_after_five_times_its_prompt_is_given_up(
+    build: Build,
+) -> None:
+    house = build(batch=1, max_staleness=0)
+    house.announce(0)
+    alice = house.server(capacity=1).join()
+    failed = {"rewards": np.zeros(2, np.float32), "reward_errors": np.ones(2, np.uint8)}
+    for _ in range(5):
+        (lease,) = alice.leases(1)
+        assert lease.prompt_id == "p0"
+        alice.say(msgspec.structs.replace(a_group_of_version(0, lease.lease), **failed))
+    (other,) = alice.leases(1)
+    assert other.prompt_id == "p1"
+    partly = {"rewards": np.array([1, 0], np.float32), "reward_errors": np.array([0, 1], np.uint8)}
+    alice.say(msgspec.structs.replace(a_group_of_version(0, other.lease), **partly))
+    assert [held.lease for held in house.take(0)] == [other.lease]
+    assert house.counts().dropped == {"reward errors": 5}
+
+
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
