@@ -112,7 +112,7 @@ class Cluster:
     seed: int
     engine: str = "deepspeed"
     real_python: str | None = None
-    token_s: float = 0.005
+    token_s: float = 0.03
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

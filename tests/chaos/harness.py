@@ -34,6 +34,8 @@ STALL_S = 90.0
 """A step takes no longer, start of a trainer included, once the last fault is over and every program runs."""
 FINAL_S = 240.0
 """The end of the run, without faults."""
+NEAR_S = 20.0
+"""A fault explains what happens so long after it is over."""
 CALM_STEPS = 3
 _DISK_MB = 256
 _SPARE_BYTES = 8192
@@ -367,7 +369,7 @@ class Chaos:
             self._expected.discard(member.name)
             return
         self.summary.exits[f"{member.name} {member.code}"] += 1
-        near = self._undo or now - self._last_fault < STALL_S
+        near = self._undo or now - self._last_fault < NEAR_S
         self.summary.deaths_unexplained += not near
         self._say(f"{member.name} ended with {member.code}{'' if near else ', UNEXPLAINED'}: {member.said()}")
 

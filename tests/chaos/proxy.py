@@ -50,9 +50,10 @@ class Proxy:
     def __init__(self, ports: dict[str, int], trainer: str, seed: int) -> None:
         self._trainer = trainer
         self._rng = random.Random(seed)
-        self._context = zmq.Context()
+        self._ports = ports
+        self._context: zmq.Context[zmq.Socket[bytes]]
         self._weather = dict.fromkeys(ports, FINE)
-        self._fronts = {name: self._front(port) for name, port in ports.items()}
+        self._fronts: dict[str, zmq.Socket[bytes]] = {}
         self._backs: dict[tuple[str, bytes], zmq.Socket[bytes]] = {}
         self._later: list[tuple[float, int, zmq.Socket[bytes], list[bytes]]] = []
         self._order = itertools.count()
@@ -63,10 +64,14 @@ class Proxy:
 
     def start(self) -> None:
         """From now on messages pass."""
+        self._context = zmq.Context()
+        self._fronts = {name: self._front(port) for name, port in self._ports.items()}
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread and all connections."""
+        """End the thread and all connections, if it was started."""
+        if not self._thread.is_alive():
+            return
         self._closing.set()
         self._thread.join(timeout=5)
         self._context.destroy(linger=0)

@@ -282,7 +282,8 @@ class Critics:
         failures = []
         for index in range(len(self._lines)):
             done = self._settle(index, what)
-            if isinstance(done, Done) and done.failure:
+            assert isinstance(done, Done)
+            if done.failure:
                 failures.append(f"critic {index} could not {what}: {done.failure}")
         if failures:
             raise CheckpointError("; ".join(failures))

@@ -407,9 +407,9 @@ class Intake:
                 self._give_back(peer, message.lease, f"failed at {peer.name}: {brief(message.reason)}", now)
             case Status():
                 peer.status = message
-                if self._weights and message.policy_version == self._weights.policy_version != peer.policy_version:
-                    if message.state != "swapping":  # its Swapped was lost: it says so again
-                        self._outbox.append((identity, self._weights))
+                serves = -1 if message.state == "swapping" else message.policy_version
+                if self._weights and serves == self._weights.policy_version != peer.policy_version:
+                    self._outbox.append((identity, self._weights))  # its Swapped was lost: it will say so again
             case Swapped() if self._weights is None or message.policy_version > self._weights.policy_version:
                 self._count_malformed(f"{peer.name} serves version {message.policy_version}, which was not published")
             case Swapped():
@@ -445,7 +445,7 @@ class Intake:
         if known is None or known.incarnation != hello.incarnation:
             for other in (known, self._pool.of_name(hello.server)):
                 if other is not None and self._pool.get(other.identity) is other:
-                    self._part(other, "a newer process has its name", replaced=True)
+                    self._part(other, "a newer process has its name")
                     if other.identity != identity:
                         self._outbox.append((other.identity, Refused(reason=_REPLACED)))  # if it still lives
             self._pool.join(identity, hello, now)
@@ -672,9 +672,9 @@ class Intake:
         stream = self._config.stream
         return min(_LOOK_AROUND_S, stream.heartbeat_s / 2, stream.lease_timeout_s / 4, stream.set_aside_s / 4)
 
-    def _part(self, peer: Peer, reason: str, *, replaced: bool = False) -> None:
+    def _part(self, peer: Peer, reason: str) -> None:
         """A server leaves the pool: what it holds is leased again."""
-        self._pool.leave(peer, replaced=replaced)
+        self._pool.leave(peer)
         leases = self._ledger.held_by(peer.identity)
         for lease in leases:
             self._drop(lease, "server left")

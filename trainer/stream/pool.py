@@ -22,7 +22,7 @@ _LATE_SWAPS = 2.0
 _LONGEST = 10.0
 """A server is set aside for so many times `stream.set_aside_s` at most."""
 _REMEMBERED = 1000
-"""Servers that have left, and names' older processes, whose particulars are kept."""
+"""Servers that have left whose particulars are kept."""
 
 
 @dataclass(slots=True)
@@ -123,7 +123,6 @@ class Pool:
         self._places = 0
         self._numbers = itertools.count()
         self._left: OrderedDict[tuple[bytes, str], Peer] = OrderedDict()
-        self._replaced: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._tokens_before, self._idle_s_before = 0, 0.0
         self._announced = -1
 
@@ -142,9 +141,7 @@ class Pool:
         return self._by_name.get(name)
 
     def is_replaced(self, identity: bytes, hello: Hello) -> bool:
-        """Whether a newer process has taken this one's name: while it was in the pool, or after it had been lost."""
-        if (hello.server, hello.incarnation) in self._replaced:
-            return True
+        """Whether a newer process has taken the name of this one, which was in the pool before it."""
         before, now = self._left.get((identity, hello.incarnation)), self._by_name.get(hello.server)
         return before is not None and now is not None and before.number < now.number
 
@@ -159,8 +156,8 @@ class Pool:
         self._peers[identity] = self._by_name[hello.server] = peer
         return peer
 
-    def leave(self, peer: Peer, *, replaced: bool = False) -> None:
-        """A server goes; `replaced` by a newer process of its name, it must not come back."""
+    def leave(self, peer: Peer) -> None:
+        """A server goes. It may come back, unless a newer process has its name then."""
         del self._peers[peer.identity]
         if self._by_name.get(peer.name) is peer:
             del self._by_name[peer.name]
@@ -171,10 +168,6 @@ class Pool:
             if forgotten.status:
                 self._tokens_before += forgotten.status.tokens
                 self._idle_s_before += forgotten.status.idle_s
-        if replaced:
-            self._replaced[peer.name, peer.incarnation] = None
-            if len(self._replaced) > _REMEMBERED:
-                self._replaced.popitem(last=False)
 
     def announced(self, version: int, now: float) -> None:
         """A new version is out: whoever does not serve it is behind."""

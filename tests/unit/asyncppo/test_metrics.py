@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncppo.metrics import STEP_METRICS, Journal, read
+from asyncppo.metrics import EVENTS_FILE, LEDGER_FILE, METRICS_FILE, STEP_METRICS, Journal, read
 from tests import run_maker
 
 pytestmark = pytest.mark.unit
@@ -54,6 +54,63 @@ def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step":1}\n{"step":2')
     assert list(read(path)) == [{"step": 1}]
+
+
+@pytest.mark.parametrize("torn", ['{"step":2', '{"step":2' + "x" * 200_000])
+def test_a_torn_last_line_is_cut_off_before_the_next_one_is_written(tmp_path: Path, torn: str) -> None:
+    for name in (METRICS_FILE, EVENTS_FILE, LEDGER_FILE):
+        (tmp_path / name).write_text('{"step":1}\n' + torn)
+    journal = Journal(tmp_path)
+    journal.step({"step": 3})
+    journal.event("start")
+    journal.ledger(version=3)
+    journal.close()
+    assert [row["step"] for row in read(tmp_path / METRICS_FILE)] == [1, 3]
+    assert [row.get("event") for row in read(tmp_path / EVENTS_FILE)] == [None, "start"]
+    assert [row.get("version") for row in read(tmp_path / LEDGER_FILE)] == [None, 3]
+    (tmp_path / METRICS_FILE).write_text(torn)
+    Journal(tmp_path).close()
+    assert (tmp_path / METRICS_FILE).read_bytes() == b""
+
+
+def test_metrics_and_ledger_are_cut_where_the_checkpoint_was_made_and_events_stay(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.step({"step": 1})
+    journal.ledger(version=0)
+    sizes = journal.sizes()
+    for step in (2, 3):
+        journal.step({"step": step})
+        journal.ledger(version=step - 1)
+        journal.event("swap")
+    journal.sync()
+    journal.close()
+    journal = Journal(tmp_path)
+    assert journal.roll_back(*sizes) == 2
+    assert journal.roll_back(*sizes) == 0
+    journal.step({"step": 2})
+    journal.ledger(version=1)
+    journal.close()
+    assert [row["step"] for row in read(tmp_path / METRICS_FILE)] == [1, 2]
+    assert [row["version"] for row in read(tmp_path / LEDGER_FILE)] == [0, 1]
+    assert len(list(read(tmp_path / EVENTS_FILE))) == 2
+
+
+def test_files_that_are_shorter_than_the_checkpoint_says_are_left_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path)
+    journal.step({"step": 1})
+    assert journal.roll_back(1000, 1000) == 0
+    assert list(read(tmp_path / METRICS_FILE)) == [{"step": 1}]
+    assert "lines are missing" in caplog.text
+    journal.close()
+
+
+def test_a_run_without_a_ledger_has_no_file_of_it(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    assert journal.sizes() == (0, 0)
+    journal.close()
+    assert not (tmp_path / LEDGER_FILE).exists()
 
 
 def test_a_file_that_is_not_there_holds_nothing(tmp_path: Path) -> None:

@@ -444,6 +444,23 @@ def test_leases_in_progress_are_void_for_a_trainer_that_does_not_know_them(tmp_p
     run(scenario())
 
 
+def test_leases_are_void_at_the_welcome_of_the_same_trainer_too_if_it_had_lost_this_server(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=0.05)
+        async with world.serving():
+            ready = await world.welcome()
+            world.send(a_lease(1))
+            await world.expect(Status, state="generating")
+            world.send(Unknown())  # it has leased that prompt to another, or is about to
+            await world.expect(Hello)
+            assert world.server.status().groups_in_flight == 1  # goes on until a trainer is there
+            world.send(welcome(), ready)
+            await world.expect(Status, groups_in_flight=0)
+            assert not any(isinstance(message, Group) for message in world.heard + await world.quiet(0.6))
+
+    run(scenario())
+
+
 def test_leases_in_progress_outlive_a_silence_of_the_same_trainer(tmp_path: Path) -> None:
     async def scenario() -> None:
         world = World(tmp_path, token_s=0.12)  # the answer takes longer than the silence

@@ -130,7 +130,7 @@ def test_a_damaged_file_is_thrown_away_and_said(tmp_path: Path, how: str, caplog
     spilled(tmp_path, 1, 2)
     path = tmp_path / "spill" / "1.group"
     whole = path.read_bytes()
-    flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
     other = (tmp_path / "spill" / "2.group").read_bytes()
     path.write_bytes({"cut": whole[:-7], "one bit": flipped, "empty": b"", "another lease": other}[how])
     outbox = an_outbox(tmp_path)

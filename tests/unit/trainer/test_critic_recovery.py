@@ -195,8 +195,7 @@ def test_after_a_checkpoint_only_what_is_newer_is_learned_again(tmp_path: Path) 
 
 
 def test_a_save_that_a_critic_dies_in_is_made_by_the_next_one(tmp_path: Path) -> None:
-    # its answers: CriticReady, the two batches, the save
-    ensemble = Ensemble(config_of(tmp_path), None, "before it answers", 3)
+    ensemble = Ensemble(config_of(tmp_path), None, "with what it was asked", 2)  # two batches, then the save
     ensemble.view.wait_until_ready()
     for step in range(2):
         ensemble.view.learn(a_batch(version=step), a_reward(step), step)
@@ -271,11 +270,13 @@ def test_a_critic_says_that_it_is_there_until_it_is_asked_something(
 ) -> None:
     monkeypatch.setattr("trainer.model.critic._READY_S", 0.01)
     ensemble = Ensemble(config_of(tmp_path), None)
-    channel = ensemble.view._lines[0].channel
+    channel: Any = ensemble.view._lines[0].channel
     first, second = channel.receive(10), channel.receive(10)
     assert isinstance(first, CriticReady)
     assert first.session == second.session
-    ensemble.view.wait_until_ready()  # one of the many
+    for _ in range(3):
+        channel._inbox.put([bytes(frame) for frame in channel._codec.encode(first)])
+    ensemble.view.wait_until_ready()  # by one of the many
     ensemble.view.learn(a_batch(version=0), a_reward(0), 0)
     assert ensemble.view.values().values.shape == (2, 23)  # the others are no process that took its place
     assert ensemble.view._lines[0].restarts == 0

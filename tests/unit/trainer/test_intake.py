@@ -51,6 +51,7 @@ from tests.stream_maker import (
 from trainer.stream import dynamic_sampling
 from trainer.stream.buffer import BufferedGroup
 from trainer.stream.intake import Counts, Identity, Intake
+from trainer.stream.ledger import LedgerState
 from trainer.stream.state import StreamState
 
 pytestmark = pytest.mark.unit
@@ -1299,3 +1300,152 @@ def test_after_a_resume_every_prompt_is_consumed_exactly_once(build: Build) -> N
     assert sorted(consumed + [(epoch, prompt.prompt_id) for epoch, prompt in left]) == sorted(
         (epoch, prompt.prompt_id) for epoch, prompt in leased
     )
+
+
+# --- groups of leases from before ------------------------------------------------------------------------------------
+
+
+def kept(lease: Lease, trainer: str, version: int = 0, **changes: Any) -> Group:
+    """The finished group of a lease, as a server keeps it."""
+    group = a_group_of_version(version, lease.lease, lease.group_size)
+    return msgspec.structs.replace(
+        group, **({"trainer": trainer, "epoch": lease.epoch, "prompt_id": lease.prompt_id} | changes)
+    )
+
+
+def a_second_life(build: Build, **config: Any) -> tuple[House, Server, list[Lease], str]:
+    """A trainer that came back from a checkpoint of version 1; the leases that were in flight when it was made."""
+    first = build(batch=2, max_staleness=1, steps=4, **config)
+    first.announce(0)
+    alice = first.server(capacity=9)
+    alice.say(alice.hello)
+    trainer = alice.hear(Welcome).trainer
+    alice.say(swapped(0))
+    leases = alice.leases(4)
+    alice.answer(*leases[:2])
+    first.take(0)
+    first.announce(1)
+    state = first.intake.state()
+    first.announce(2)  # and more, that no checkpoint has
+    first.close()
+    second = build(state, batch=2, max_staleness=1, steps=4, **config)
+    server = second.server(capacity=9)
+    server.say(server.hello)
+    server.hear(Welcome)
+    return second, server, leases[2:], trainer
+
+
+def test_a_resumed_trainer_adopts_what_a_server_kept_even_before_it_has_published(build: Build) -> None:
+    house, alice, (third, fourth), trainer = a_second_life(build)
+    alice.say(kept(third, trainer), kept(third, trainer))
+    assert [alice.hear(Ack).lease for _ in range(2)] == [third.lease] * 2
+    counts = house.waits_for(lambda counts: counts.ignored != {})
+    assert (counts.adopted, counts.buffered, counts.in_flight, counts.ignored) == (1, 1, 0, {"not wanted": 1})
+    house.announce(1)
+    alice.say(swapped(1))
+    assert names(alice.leases(1)) == [fourth.prompt_id]  # first; of the other it has the group
+    house.intake._ledger.check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"version": 2}, "rolled back"),  # published, and in no checkpoint
+        ({"trainer": "somebody"}, "another run's"),
+        ({"epoch": -1}, "not wanted"),  # a held-out prompt of the same id
+        ({"prompt_id": "p0"}, "not wanted"),  # consumed
+    ],
+)
+def test_what_does_not_count_any_more_is_acknowledged_and_ignored(
+    build: Build, changes: dict[str, Any], reason: str
+) -> None:
+    house, alice, (third, _), trainer = a_second_life(build)
+    alice.say(kept(third, **({"trainer": trainer} | changes)))
+    assert alice.hear(Ack).lease == third.lease
+    counts = house.counts()
+    assert (counts.adopted, counts.buffered, counts.ignored, counts.malformed) == (0, 0, {reason: 1}, 0)
+
+
+def test_a_kept_group_that_is_too_old_for_the_restored_version_is_ignored(build: Build) -> None:
+    house, alice, (third, _), trainer = a_second_life(build)
+    house.intake._admission.version = 2  # as if the checkpoint were of version 2
+    alice.say(kept(third, trainer))
+    alice.hear(Ack)
+    assert house.counts().ignored == {"too stale": 1}
+
+
+def test_a_kept_group_that_makes_no_sense_is_counted_and_its_prompt_leased_again(build: Build) -> None:
+    house, alice, (third, _), trainer = a_second_life(build)
+    alice.say(kept(third, trainer, rewards=np.zeros(3, np.float32)))
+    alice.say(kept(third, trainer, span_versions=np.empty(0, np.int32)))
+    for _ in range(2):
+        alice.hear(Ack)
+    house.announce(1)
+    alice.say(swapped(1))
+    assert third.prompt_id in names(alice.leases(2))
+    assert (house.counts().malformed, house.counts().adopted) == (2, 0)
+
+
+def test_a_restored_trainer_judges_by_its_own_version_from_the_start(build: Build) -> None:
+    house, *_ = a_second_life(build)
+    assert house.intake._admission.version == 1
+
+
+def test_a_server_that_was_out_of_reach_keeps_its_answer_and_another_is_not_asked(build: Build) -> None:
+    house = build(batch=2, max_staleness=1)
+    house.announce(0)
+    alice = house.server(capacity=2)
+    alice.say(alice.hello)
+    trainer = alice.hear(Welcome).trainer
+    alice.say(swapped(0))
+    lease, _ = alice.leases(2)
+    alice.say(Goodbye(reason="gone for a moment"))
+    house.waits_for(lambda counts: counts.servers == 0)
+    alice.say(alice.hello, kept(lease, trainer))
+    assert alice.hear(Ack).lease == lease.lease
+    counts = house.counts()
+    assert (counts.adopted, counts.buffered, counts.admitted, counts.dropped) == (1, 1, 3, {"server left": 2})
+
+
+def test_an_answer_to_another_prompt_than_the_leases_is_malformed(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server().join()
+    first, *_ = alice.leases(4)
+    alice.say(kept(first, trainer="", prompt_id="p4"))
+    alice.hear(Ack)
+    assert house.counts().dropped == {"malformed": 1}
+
+
+def test_a_server_whose_swapped_was_lost_is_asked_again(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server()
+    alice.say(alice.hello)
+    alice.hear(WeightsReady)
+    alice.say(a_status(0))
+    assert alice.hear(WeightsReady).policy_version == 0
+    alice.say(swapped(0))
+    alice.leases(4)
+
+
+def test_buffered_groups_outlive_a_restart_with_their_uses(build: Build, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"batch": 2, "max_staleness": 2, "algorithm": {"utd": 2, "reuse": "replay"}}
+    house = build(**settings)
+    house.announce(0)
+    alice = house.server(capacity=9).join()
+    leases = alice.leases(3)
+    alice.answer(*leases)
+    house.take(0)
+    house.announce(1)
+    state = house.intake.state()
+    state.write(tmp_path / "stream")
+    house.close()
+    ledger = msgspec.json.decode(msgspec.json.encode(state.ledger), type=LedgerState)
+    house = build(StreamState.read(ledger, tmp_path / "stream", 1 << 20), **settings)
+    counts = house.counts()
+    assert (counts.admitted, counts.buffered, counts.in_flight, counts.used) == (3, 3, 0, 2)
+    taken = house.take(1)
+    assert [(held.prompt.prompt_id, held.uses, held.used_at) for held in taken] == [("p2", 0, -1), ("p0", 1, 0)]
+    assert taken[1].group.rewards.tolist() == [0, 1]
+    assert taken[1].group.response_ids.tolist() == a_group_of_version(0).response_ids.tolist()
