@@ -254,8 +254,8 @@ class GuardConfig(Section, frozen=True, kw_only=True):
     min_separation: NonNegativeFloat = 0.01
     """The alarm: critics whose std is less than this share of their value's spread over tokens have become one."""
     stall_s: PositiveFloat = 1800.0
-    """The watchdog: a process whose work (the update, a save, …) takes so long, or whose wait does not end a minute after
-    its own limit, writes all stacks and ends with exit code 1."""
+    """The watchdog: a process whose work (the update, a save, …) takes so long, or whose wait does not end a minute
+    after its own limit, writes all stacks and ends with exit code 1."""
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):

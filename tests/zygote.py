@@ -18,6 +18,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,7 @@ def _become(arguments: list[str], environment: dict[str, str]) -> NoReturn:
     try:
         os.environ.clear()
         os.environ.update(environment)
+        tempfile.tempdir = None  # TMPDIR is looked at again
         sys.argv = ["trainer", *arguments]
         if environment.get("ASYNCPPO_CRASH") and "learner" in arguments:
             from tests.real import crash_points

@@ -357,8 +357,9 @@ class ZmqChannel:
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.SNDTIMEO, 1000)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)  # a host that vanished is noticed within two minutes, by the kernel:
-        self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)  # a process that stands still is still there
+        # A host that vanished is noticed by the kernel within two minutes; a process that stands still is still there.
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 15)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 4)
         self._monitor: zmq.Socket[bytes] | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -90,7 +91,7 @@ class Sampler:
         self._note("publish directory", "MB", _bytes(Path(self._cluster.config.publish.directory)) / 1e6)
         run = self._cluster.run
         logs = [*run.glob("*.jsonl"), *run.glob("logs/*")]
-        self.by_design = {str(path.relative_to(run)): path.stat().st_size for path in logs}
+        self.by_design = {str(path.relative_to(run)): path.stat().st_size for path in logs if path.exists()}
         self._note("run directory, without lines and logs", "MB", (_bytes(run) - sum(self.by_design.values())) / 1e6)
 
     def _process(self, name: str, process: psutil.Process) -> None:
@@ -117,10 +118,12 @@ def _name(member: str, process: psutil.Process, first: psutil.Process) -> str:
 
 
 def _bytes(directory: Path) -> int:
+    """Of all files; what goes while it looks counts as gone."""
     total = 0
-    for path in directory.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
+    for place, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total
 
 

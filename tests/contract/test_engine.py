@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from asyncppo import ports
 from asyncppo.config import Config, SamplingConfig, from_tree
-from asyncppo.errors import EngineError
+from asyncppo.errors import ConfigError, EngineError
 from rollout_server.engine import UNLOADED, Engine, Response, ScriptedEngine
 from rollout_server.sglang_engine import KEY_VARIABLE, SGLangEngine, child_arguments
 
@@ -343,6 +344,17 @@ def test_a_token_outside_the_vocabulary_is_refused_before_it_can_kill_the_engine
             assert await engine.healthy()
 
     run(scenario())
+
+
+@pytest.mark.unit
+def test_sglang_listens_on_loopback_and_its_key_is_on_no_command_line(tmp_path: Path) -> None:
+    arguments = child_arguments(a_config(tmp_path), str(tmp_path), "cpu", 1234)
+    assert "--host=127.0.0.1" in arguments
+    assert not [argument for argument in arguments if "key" in argument]
+    for name in ("host", "api_key", "api-key"):
+        changed = replace(a_config(tmp_path).rollout, engine_args={name: "x"})
+        with pytest.raises(ConfigError, match="the rollout server sets this itself"):
+            child_arguments(replace(a_config(tmp_path), rollout=changed), str(tmp_path), "cpu", 1234)
 
 
 @pytest.mark.real

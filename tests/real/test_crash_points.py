@@ -7,7 +7,9 @@ that lives on while trainers die. The trainers are forked from a process that ha
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +97,7 @@ class Trainer(Programs):
         }
         super().__init__(base, directory, port, **(settings | overrides))
         self._zygote = zygote
+        self._sockets = tempfile.mkdtemp(prefix="crash-")  # a killed supervisor leaves its critics' sockets
 
     def server(self) -> None:
         """Start the rollout server."""
@@ -102,7 +105,7 @@ class Trainer(Programs):
 
     def run_until(self, crash: str | None, limit_s: float = 60.0) -> int:
         """One life of the trainer, to its end or to a crash; returns the supervisor's exit code."""
-        environment = {"ASYNCPPO_CRASH": crash or ""}
+        environment = {"ASYNCPPO_CRASH": crash or "", "TMPDIR": self._sockets}
         pid = self._zygote.start(self.arguments, environment, self.directory / "trainer.log")
         found: list[int] = []
         self.until(f"the trainer to end ({crash})", lambda: self._poll(pid, found), limit_s)
@@ -117,6 +120,7 @@ class Trainer(Programs):
     def end(self) -> None:
         self._zygote.kill()
         super().end()
+        shutil.rmtree(self._sockets)
 
     def batches(self) -> list[dict[str, Any]]:
         """The batches in ledger.jsonl: those of trained versions, in their order."""
@@ -194,7 +198,7 @@ def test_a_run_killed_at_every_point_of_a_step_is_bit_for_bit_the_run_that_was_n
     zygote: Zygote, tmp_path: Path, free_port: int
 ) -> None:
     assert {point.split(":")[0] for point in KILLS + KILLS_OFF_POLICY} == set(POINTS)
-    settings = {"stream.max_staleness": 0, "algorithm.utd": 2}
+    settings = {"stream.max_staleness": 0, "algorithm.utd": 2, "actor.minibatches": 2, "critic.minibatches": 2}
     killed = Trainer(zygote, tmp_path / "killed", free_port, **settings)
     killed_at_every_point(killed, KILLS)
 

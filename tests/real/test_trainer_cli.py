@@ -297,7 +297,9 @@ def test_a_critic_that_dies_whenever_it_is_started_ends_the_trainer_with_1_and_i
     said = run.log.read_text()
     assert "critic 1 ended with exit code 7; it is started again in 1 s (1 of 1, critic.restarts)" in said
     assert "critic 1 ended with exit code 7; the others are ended too" in said
-    assert said.count("this machine has a curse on critic 1") == 2
+    assert "critic-1.log:\nthis machine has a curse on critic 1\n" in said
+    log = run.config.run_directory / "logs/critic-1.log"
+    assert log.read_text().count("this machine has a curse on critic 1") == 2  # its two lives
     assert run.left_behind(within_s=1) == []
     assert statuses(run, 1)["supervisor"] == "failed"
 

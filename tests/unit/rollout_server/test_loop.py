@@ -90,6 +90,7 @@ class World:
 
     def make_config(self, **rollout: Any) -> Config:
         tree = {
+            "run": {"directory": str(self.directory / "runs")},
             "data": {"train": "x"},
             "actor": {"path": str(self.directory)},
             "stream": {"heartbeat_s": HEARTBEAT_S},
@@ -699,10 +700,8 @@ def test_a_group_says_who_leased_it_and_what_it_answers(tmp_path: Path) -> None:
 
 
 def test_what_is_finished_while_the_trainer_is_away_waits_on_disk_and_is_offered_to_the_next_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-
     async def scenario() -> None:
         world = World(tmp_path, token_s=0.04)
         async with world.serving():
@@ -724,11 +723,7 @@ def test_what_is_finished_while_the_trainer_is_away_waits_on_disk_and_is_offered
     run(scenario())
 
 
-def test_a_new_process_of_the_same_name_offers_what_the_old_one_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-
+def test_a_new_process_of_the_same_name_offers_what_the_old_one_left(tmp_path: Path) -> None:
     async def scenario() -> None:
         world = World(tmp_path, token_s=0.01)
         async with world.serving():
@@ -750,10 +745,8 @@ def test_a_new_process_of_the_same_name_offers_what_the_old_one_left(
 
 
 def test_generation_pauses_while_the_outbox_is_full_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-
     async def scenario() -> None:
         world = World(tmp_path)
         async with world.serving():

@@ -80,7 +80,9 @@ class Ensemble:
         event = journal.event if journal else None
         self.view = Critics(config, [ours for ours, _ in ends], event, come_back=True)
         lines: list[Any] = [BeforeReading(ends[0][1], moment, number), ends[1][1]]
-        self.threads = [threading.Thread(target=self._live, args=(config, i, line)) for i, line in enumerate(lines)]
+        self.threads = [
+            threading.Thread(target=self._live, args=(config, i, line), daemon=True) for i, line in enumerate(lines)
+        ]
         for thread in self.threads:
             thread.start()
 
