@@ -12,6 +12,7 @@
     ├── EngineError           the inference engine failed, or replied something other than success
     ├── WeightsError          published weights that are incomplete or do not match their manifest
     ├── CheckpointError       a checkpoint that is not whole
+    ├── JournalError          the run's metrics, events or ledger cannot be written
     ├── StallError            a wait passed its limit; says what was waited for, and how long
     └── ConservationError     the ledger's counts do not add up: a bug, the run must not go on
 
@@ -63,6 +64,10 @@ class WeightsError(AsyncPPOError):
 
 class CheckpointError(AsyncPPOError):
     """A checkpoint that is not whole, or belongs to another run."""
+
+
+class JournalError(AsyncPPOError):
+    """The run's metrics, events or ledger cannot be written: it must not go on without them."""
 
 
 class ResumeError(CheckpointError, UserError):

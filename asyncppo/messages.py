@@ -78,6 +78,8 @@ class Hello(Message, frozen=True, kw_only=True):
     """The server's name; a restarted server may bear the same."""
     incarnation: Name
     """New at every start of the process: what an older incarnation held is leased again."""
+    started: Seconds
+    """Unix time of that start: of two live processes with one name, the younger one has it, whoever says Hello last."""
     capacity: Annotated[int, Meta(ge=1, le=1 << 16)]
     """Groups that it takes at once."""
     agreement: Text

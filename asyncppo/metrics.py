@@ -20,6 +20,8 @@ from typing import Any
 
 import msgspec
 
+from asyncppo.errors import JournalError
+
 log = logging.getLogger("asyncppo.metrics")
 
 METRICS_FILE = "metrics.jsonl"
@@ -181,9 +183,16 @@ class Journal:
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         data = msgspec.json.encode(line) + b"\n"
-        written = self._files[name].write(data)
-        if written != len(data):
-            raise OSError(f"{self._directory / name}: {written} of {len(data)} bytes were written; is the disk full?")
+        try:
+            written = self._files[name].write(data)
+            why = "" if written == len(data) else f"{written} of {len(data)} bytes were written; is the disk full?"
+        except OSError as error:
+            why = str(error)
+        if why:
+            raise JournalError(
+                f"{self._directory / name}: a line cannot be written: {why}; make room and start the same command "
+                "again: it goes on from the last checkpoint"
+            )
 
 
 def _open(path: Path) -> FileIO:

@@ -35,6 +35,8 @@ from typing import IO, Literal, Self
 import msgspec
 import psutil
 
+from asyncppo.errors import JournalError
+
 log = logging.getLogger("asyncppo.watchdog")
 
 STATUS_DIRECTORY = "status"
@@ -363,7 +365,7 @@ class Watchdog:
         if self.journal is not None:
             try:
                 self.journal("stalled", role=self._role, what=what, stacks=str(path))
-            except (OSError, ValueError) as error:  # a full disk, or a journal that is closed already
+            except (JournalError, ValueError) as error:  # a full disk, or a journal that is closed already
                 log.critical("the event cannot be written: %s", error)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -109,6 +109,7 @@ class RolloutServer:
             protocol=PROTOCOL,
             server=name,
             incarnation=incarnation or uuid.uuid4().hex,
+            started=time.time(),
             capacity=config.rollout.max_groups,
             agreement=config.agreement_hash(),
             model=fingerprints.model_fingerprint(model),

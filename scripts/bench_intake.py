@@ -140,6 +140,7 @@ class Swarm:
             protocol=PROTOCOL,
             server=self._names[socket],
             incarnation="1",
+            started=0.0,
             capacity=self._capacity,
             agreement="a",
             model="m",

@@ -105,6 +105,7 @@ def a_hello(name: str, incarnation: str) -> Hello:
         protocol=PROTOCOL,
         server=name,
         incarnation=incarnation,
+        started=0.0,
         capacity=4,
         agreement="a",
         model="m",

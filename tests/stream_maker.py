@@ -89,7 +89,8 @@ def a_buffered(
 
 def a_hello(server: str = "alice", incarnation: str = "1", capacity: int = 4, **changes: Any) -> Hello:
     """The Hello of a server that fits `Identity("agreement", "model", "tokenizer")`."""
-    fields = {"protocol": PROTOCOL, "agreement": "agreement", "model": "model", "tokenizer": "tokenizer"}
+    fields: dict[str, Any] = {"protocol": PROTOCOL, "started": float(incarnation) if incarnation.isdecimal() else 0.0}
+    fields |= {"agreement": "agreement", "model": "model", "tokenizer": "tokenizer"}
     return Hello(server=server, incarnation=incarnation, capacity=capacity, engine="scripted", **(fields | changes))
 
 

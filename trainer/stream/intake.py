@@ -436,7 +436,7 @@ class Intake:
 
     def _welcome(self, identity: bytes, hello: Hello, now: float) -> None:
         reason = self._identity.refusal(hello)
-        if reason is None and self._pool.is_replaced(identity, hello):
+        if reason is None and self._pool.is_replaced(hello):
             reason = _REPLACED
         if reason is not None:
             self._refuse(identity, hello.server, reason)

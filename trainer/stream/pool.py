@@ -72,6 +72,8 @@ class Peer:
     identity: bytes
     name: str
     incarnation: str
+    started: float
+    """When its process was started, by its own clock."""
     capacity: int
     last_seen: float
     breaker: Breaker
@@ -140,24 +142,33 @@ class Pool:
         """The server that has this name, if there is one."""
         return self._by_name.get(name)
 
-    def is_replaced(self, identity: bytes, hello: Hello) -> bool:
-        """Whether a newer process has taken the name of this one, which was in the pool before it."""
-        before, now = self._left.get((identity, hello.incarnation)), self._by_name.get(hello.server)
-        return before is not None and now is not None and before.number < now.number
+    def is_replaced(self, hello: Hello) -> bool:
+        """Whether a younger process has this one's name: Hellos of dead processes may come late, in any order."""
+        holder = self._by_name.get(hello.server)
+        return holder is not None and holder.incarnation != hello.incarnation and holder.started > hello.started
 
     def join(self, identity: bytes, hello: Hello, now: float) -> Peer:
         """A server comes, or comes back: what it failed at, and its counts, are then still known."""
         peer = self._left.pop((identity, hello.incarnation), None)
         if peer is None:
             breaker = Breaker(self._stream.failures_in_a_row, self._stream.set_aside_s)
-            peer = Peer(identity, hello.server, hello.incarnation, hello.capacity, now, breaker, next(self._numbers))
+            peer = Peer(
+                identity=identity,
+                name=hello.server,
+                incarnation=hello.incarnation,
+                started=hello.started,
+                capacity=hello.capacity,
+                last_seen=now,
+                breaker=breaker,
+                number=next(self._numbers),
+            )
         peer.last_seen, peer.capacity, peer.policy_version, peer.in_flight = now, hello.capacity, -1, 0
         peer.behind_since, peer.late = (now if self._announced >= 0 else None), False
         self._peers[identity] = self._by_name[hello.server] = peer
         return peer
 
     def leave(self, peer: Peer) -> None:
-        """A server goes. It may come back, unless a newer process has its name then."""
+        """A server goes. It may come back, unless a younger process has its name then."""
         del self._peers[peer.identity]
         if self._by_name.get(peer.name) is peer:
             del self._by_name[peer.name]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncppo.errors import JournalError
 from asyncppo.metrics import EVENTS_FILE, LEDGER_FILE, METRICS_FILE, STEP_METRICS, Journal, read
 from tests import run_maker
 
@@ -121,3 +122,19 @@ def test_every_metric_of_a_step_is_documented_and_the_synthetic_run_has_them_all
     names = {re.sub(r"^critic/\d+/", "critic/M/", key) for key in run_maker.row(1)}
     assert names <= set(STEP_METRICS)
     assert set(STEP_METRICS) - names == {"time/checkpoint_s"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("kind", ["step", "event", "ledger"])
+def test_a_line_that_the_disk_does_not_take_is_an_error_that_says_what_to_do(tmp_path: Path, kind: str) -> None:
+    name = {"step": METRICS_FILE, "event": EVENTS_FILE, "ledger": LEDGER_FILE}[kind]
+    (tmp_path / name).symlink_to("/dev/full")
+    journal = Journal(tmp_path)
+    write = {
+        "step": lambda: journal.step({"step": 1}),
+        "event": lambda: journal.event("start"),
+        "ledger": lambda: journal.ledger(version=0, groups=[]),
+    }[kind]
+    with pytest.raises(JournalError, match=rf"{name}: a line cannot be written: .*No space.*start the same command"):
+        write()
+    journal.close()

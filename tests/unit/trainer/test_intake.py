@@ -642,6 +642,18 @@ def test_an_older_process_that_still_lives_is_told_to_end_and_cannot_push_the_ne
     assert (house.counts().servers, house.counts().buffered) == (1, 4)
 
 
+def test_a_hello_of_a_dead_process_that_comes_late_does_not_take_the_name_of_a_live_one(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    dead = house.server("alice", incarnation="1")
+    live = house.server("alice", incarnation="2").join()
+    leases = live.leases(4)
+    dead.say(dead.hello)  # it was on its way when that process was killed
+    assert "a newer process has its name" in dead.hear(Refused).reason
+    live.answer(*leases)
+    assert (house.counts().servers, house.counts().buffered) == (1, 4)
+
+
 def test_an_older_process_that_was_lost_and_comes_back_finds_its_name_taken(build: Build) -> None:
     house = build(stream={"heartbeat_s": 0.05})
     house.announce(0)
