@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from asyncppo import ports, samples
+from asyncppo import keys, ports, samples
+from asyncppo.transport.zmq import read_key_file
 from tests.real.run_tools import Programs
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
@@ -104,11 +105,14 @@ def test_nothing_is_left_behind(complete: tuple[Programs, int, int]) -> None:
     assert not list(programs.directory.glob("asyncppo-*")), "published weights were not removed"
 
 
-def test_replay_and_every_other_switch_at_once(
+def test_replay_keys_and_every_other_switch_at_once_and_no_secret_is_in_what_the_run_wrote(
     quick_base: Path, rollout_python: str, tmp_path: Path, free_port: int
 ) -> None:
+    directory = tmp_path / "keys"
+    secrets = [read_key_file(path)[1] for path in keys.make(directory) if path.suffix == ".key_secret"]
     settings = {
         "run.steps": 6,
+        "stream.keys": directory,
         "eval.at_start": False,
         "eval.at_end": False,
         "reward.functions": "{math_verify: 1.0, 'tests.real.rewards:lines': 0.5}",
@@ -142,6 +146,10 @@ def test_replay_and_every_other_switch_at_once(
     assert rows[0]["policy/kl_reference"] == pytest.approx(0, abs=1e-6)
     assert rows[-1]["policy/kl_reference"] > 0
     assert sum(row["reward/errors"] for row in rows) == 0
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and directory not in path.parents]
+    assert {"trainer.log", "rollout-r0.log", "config.yaml", "events.jsonl"} <= {path.name for path in written}
+    assert len(secrets) == 3
+    assert not [path for path in written for secret in secrets if secret and secret in path.read_bytes()]
 
 
 def test_servers_come_and_go_engines_die_and_the_trainer_comes_back(
