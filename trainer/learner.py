@@ -77,7 +77,7 @@ class Learner:
         self._publish(version)
         if version == 0 and self._config.eval.at_start:
             self._evaluate(version)
-        if version == 0 and not warm_start.run(self._config, self._feed, self._critics, self._journal):
+        if version == 0 and not warm_start.run(self._config, self._world, self._feed, self._critics, self._journal):
             return version
         while version < self._config.run.steps and self._step(version):
             version += 1

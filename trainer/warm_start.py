@@ -22,12 +22,13 @@ from asyncppo.metrics import Journal
 from trainer.feed import Feed
 from trainer.model.critic import warm_started
 from trainer.model.critics import Critics
+from trainer.model.world import World
 from trainer.targets import returns, rewards
 
 log = logging.getLogger("asyncppo.warm_start")
 
 
-def run(config: Config, feed: Feed, critics: Critics | None, journal: Journal | None) -> bool:
+def run(config: Config, world: World, feed: Feed, critics: Critics | None, journal: Journal | None) -> bool:
     """Train the critics alone, if the config wants it and it has not been done; False when the run is to stop.
 
     All ranks of the learner call it; `critics` and `journal` are None above rank 0.
@@ -35,7 +36,7 @@ def run(config: Config, feed: Feed, critics: Critics | None, journal: Journal | 
     batches = config.critic.warmup_batches if config.algorithm.critics else 0
     if batches == 0:
         return True
-    started = warm_started(config)
+    started = warm_started(config, world)
     if started is not None:
         log.info("the critics were warm-started by an earlier run: %s", started)
         if critics is not None:

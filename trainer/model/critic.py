@@ -50,9 +50,12 @@ _SHARE_S = 30.0
 """Rank 0 of a critic tells the others this often that nothing has come."""
 
 
-def warm_started(config: Config) -> Path | None:
-    """Where critics that were warm-started by these settings are; None without a warm start, or before it."""
-    there = config.warmup_groups > 0 and config.warmup_directory.is_dir()
+def warm_started(config: Config, world: World) -> Path | None:
+    """Where critics that were warm-started by these settings are; None without a warm start, or before it.
+
+    All ranks have to call it: it is there if all of them see it.
+    """
+    there = config.warmup_groups > 0 and world.agree(config.warmup_directory.is_dir())
     return config.warmup_directory if there else None
 
 
@@ -73,7 +76,7 @@ class Critic:
         self._settings = config.critic_of(index)
         self._index = index
         self._world = world
-        begun = warm_started(config)
+        begun = warm_started(config, world)
         self._warming = config.warmup_groups > 0 and begun is None
         if begun is not None:
             self.start(begun / f"critic_{index}")

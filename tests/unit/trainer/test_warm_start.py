@@ -79,7 +79,7 @@ class Run:
 
     def warm_start(self, feed: Batches | None = None, journal: Journal | None = None) -> bool:
         self.feed = feed or self.feed
-        return warm_start.run(self.config, self.feed, Critics(self.config, self.channels), journal)  # type: ignore[arg-type]
+        return warm_start.run(self.config, a_world(), self.feed, Critics(self.config, self.channels), journal)  # type: ignore[arg-type]
 
     def steps(self, index: int) -> list[int]:
         return [message.step for message in self.channels[index].told if isinstance(message, Learn)]
@@ -206,7 +206,7 @@ def test_of_two_runs_at_the_same_time_the_quicker_ones_critics_stay(tmp_path: Pa
 
 def test_ranks_above_the_first_take_the_same_batches_and_touch_nothing(tmp_path: Path) -> None:
     feed, config = Batches(), a_run(tmp_path).config
-    assert warm_start.run(config, feed, None, None)  # type: ignore[arg-type]
+    assert warm_start.run(config, a_world(), feed, None, None)  # type: ignore[arg-type]
     assert len(feed.taken) == 3
     assert kept(tmp_path) == []
 
