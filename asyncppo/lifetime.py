@@ -48,21 +48,24 @@ def orphaned(parent: int, for_s: float) -> Callable[[], bool]:
 
 
 def stop_flag() -> Callable[[], bool]:
-    """Install handlers for SIGINT and SIGTERM; returns whether one came.
+    """Install handlers for SIGINT, SIGTERM and SIGHUP (a terminal that was closed); returns whether one came.
 
-    A second one, `SAME_REQUEST_S` later or more, ends the process at once.
+    A second one, `SAME_REQUEST_S` later or more, ends the process at once; not SIGHUP, of which a shell and the kernel
+    send one each. SIGHUP stays ignored where it is (`nohup`).
     """
     asked: list[float] = []
 
     def handle(number: int, _: object) -> None:
         now = time.monotonic()
-        if asked and now - asked[0] >= SAME_REQUEST_S:
+        if number != signal.SIGHUP and asked and now - asked[0] >= SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         asked.append(now)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, handle)
     return lambda: bool(asked)
 
 

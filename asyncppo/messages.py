@@ -192,6 +192,8 @@ class Swapped(Message, frozen=True, kw_only=True):
     """The engine serves this version now; phase times in seconds."""
 
     policy_version: Published
+    manifest: Text
+    """`WeightsReady.manifest` of what was loaded: another trainer's version may have the same number."""
     verify_s: Seconds
     pause_s: Seconds
     load_s: Seconds
@@ -199,7 +201,7 @@ class Swapped(Message, frozen=True, kw_only=True):
 
 
 class SwapFailed(Message, frozen=True, kw_only=True):
-    """The engine keeps its old version; the server will try again with the next one."""
+    """The engine keeps its old version; the server will try again with the next one, or when this one comes again."""
 
     policy_version: Published
     reason: Text
@@ -319,7 +321,7 @@ class StartCritic(ForCritic, frozen=True, kw_only=True):
     """Begin anew from weights that `ExportCritic` wrote: another optimiser, and the schedule from its start."""
 
     directory: str
-    """Empty: begin as the warm start does, whatever another run has left in its directory meanwhile."""
+    """Empty: begin as the config says, with its warm start, whatever another run has left there meanwhile."""
 
 
 class LoadCritic(ForCritic, frozen=True, kw_only=True):
@@ -339,10 +341,12 @@ class FromCritic(Message, frozen=True, kw_only=True):
 
 
 class CriticReady(FromCritic, frozen=True, kw_only=True):
-    """The critic is up. It says so until it is answered: it may have been started again."""
+    """The critic is up. It says so while the learner is silent: either may have been started again."""
 
     index: int
     parameters: int
+    used: bool = False
+    """It has learned, loaded or begun anew for a learner: one that has just come up lets it begin again."""
 
 
 class Learned(FromCritic, frozen=True, kw_only=True):

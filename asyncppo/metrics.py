@@ -28,6 +28,8 @@ METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 LEDGER_FILE = "ledger.jsonl"
 _BLOCK = 1 << 16
+_PATIENCE_S = 5.0
+"""A line of metrics or of the ledger that cannot be written is tried again for so long."""
 
 STEP_METRICS: dict[str, str] = {
     "step": "trainer steps done",
@@ -121,6 +123,9 @@ class Journal:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
+        self._torn: set[str] = set()
+        """Files whose last line was written in part."""
+        self.lost_events = 0
         self._files = {name: _open(directory / name) for name in (METRICS_FILE, EVENTS_FILE)}
         if (directory / LEDGER_FILE).exists():
             self._files[LEDGER_FILE] = _open(directory / LEDGER_FILE)
@@ -130,9 +135,14 @@ class Journal:
         self._append(METRICS_FILE, {key: _plain(value) for key, value in values.items()})
 
     def event(self, event: str, **details: Any) -> None:
-        """Append one event with the time."""
+        """Append one event with the time. One that cannot be written is counted and said, and nothing else."""
         plain = {key: _plain(value) for key, value in details.items()}
-        self._append(EVENTS_FILE, {"event": event, "time": time.time(), **plain})
+        try:
+            self._append(EVENTS_FILE, {"event": event, "time": time.time(), **plain}, patience_s=0.0)
+        except JournalError as error:
+            self.lost_events += 1
+            if self.lost_events == 1:
+                log.warning("the event %s is lost, and this is said once: %s", event, error)
 
     def ledger(self, **line: Any) -> None:
         """Append one line of the ledger; one thread at a time."""
@@ -181,18 +191,27 @@ class Journal:
     def _size(self, name: str) -> int:
         return os.fstat(self._files[name].fileno()).st_size if name in self._files else 0
 
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        data = msgspec.json.encode(line) + b"\n"
-        try:
-            written = self._files[name].write(data)
-            why = "" if written == len(data) else f"{written} of {len(data)} bytes were written; is the disk full?"
-        except OSError as error:
-            why = str(error)
-        if why:
-            raise JournalError(
-                f"{self._directory / name}: a line cannot be written: {why}; make room and start the same command "
-                "again: it goes on from the last checkpoint"
-            )
+    def _append(self, name: str, line: Mapping[str, Any], patience_s: float | None = None) -> None:
+        """A full disk is given some seconds: a checkpoint that did not fit is just being removed, perhaps."""
+        rest = memoryview((b"\n" if name in self._torn else b"") + msgspec.json.encode(line) + b"\n")
+        whole = len(rest)
+        deadline = time.monotonic() + (_PATIENCE_S if patience_s is None else patience_s)
+        while True:
+            try:
+                rest, why = rest[self._files[name].write(rest) :], "is the disk full?"
+            except OSError as error:
+                why = str(error)
+            if not rest:
+                self._torn.discard(name)
+                return
+            if time.monotonic() >= deadline:
+                if len(rest) < whole:
+                    self._torn.add(name)
+                raise JournalError(
+                    f"{self._directory / name}: a line cannot be written: {why}; make room and start the same command "
+                    "again: it goes on from the last checkpoint"
+                )
+            time.sleep(0.1)
 
 
 def _open(path: Path) -> FileIO:

@@ -178,19 +178,36 @@ def _remembered(boxed: str, gold: str) -> bool:
 def _compare(boxed: str, gold: str) -> bool:
     if boxed == gold:
         return True
-    from math_verify import verify
-
     parsed = _parse(gold)
     if not parsed:
         raise ValueError(f"the gold answer {gold!r} cannot be parsed")
-    return bool(verify(parsed, _parse(boxed), timeout_seconds=None))
+    given = _parse(boxed)
+    return any(_same(one, other) for one in parsed for other in given)
+
+
+def _same(gold: object, other: object) -> bool:
+    """math_verify's word on two expressions. What cannot be compared is not equal, but want of memory is no answer."""
+    from math_verify import verify
+
+    try:
+        return bool(verify(gold, other, timeout_seconds=None, raise_on_error=True))
+    except MemoryError:
+        raise
+    except Exception:  # as math_verify itself does by default
+        return False
 
 
 def _parse(latex: str) -> list[object]:
     from math_verify import LatexExtractionConfig, parse
 
     boxed = LatexExtractionConfig(boxed_match_priority=0)
-    return list(parse(f"\\boxed{{{latex}}}", extraction_config=[boxed], parsing_timeout=None))
+    try:
+        found = parse(f"\\boxed{{{latex}}}", extraction_config=[boxed], parsing_timeout=None, raise_on_error=True)
+    except MemoryError:
+        raise
+    except Exception:  # as math_verify itself does by default: what cannot be parsed is no answer
+        return []
+    return list(found)
 
 
 def overlong_penalty(lengths: ArrayLike, limit: int, buffer: int, penalty: float) -> Float32:

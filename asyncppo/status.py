@@ -1,6 +1,7 @@
 """`asyncppo status RUN`: what each process of a run does and waits for, from outside, by the files in `RUN/status/`.
 
-A process of this host is alive if its pid is, with the same creation time; one of another host if its file is fresh.
+A process of this host is alive if its pid is and the file is fresh, or the creation time the same (which moves when the
+clock is set); one of another host if its file is fresh.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from asyncppo.waits import STATUS_DIRECTORY, Item, ProcessStatus, stacks_path, s
 _FRESH_S = 15.0
 """A process writes its file every second: one that has not for so long is silent."""
 _FORGOTTEN_S = 86400.0
-"""A rollout server that died so long ago is no longer shown."""
+"""A rollout server that died, failed or stalled so long ago is no longer shown."""
 _STACKS_S = 5.0
 """A process that was asked for its stacks has written them within this time."""
 _ORDER = ("supervisor", "learner", "critic", "rollout")
@@ -62,7 +63,11 @@ def processes_in(run_directory: Path) -> list[Process]:
         except (OSError, msgspec.DecodeError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
         process = _seen(status)
-        if not (process.condition in ("dead", "silent") and _is_rollout(status) and process.age_s > _FORGOTTEN_S):
+        if not (
+            process.condition in ("dead", "silent", "failed", "stalled")
+            and _is_rollout(status)
+            and process.age_s > _FORGOTTEN_S
+        ):
             found.append(process)
     if not found:
         raise UserError(f"{directory} is empty: the run was not started")
@@ -134,13 +139,14 @@ def _alive(status: ProcessStatus, age: float) -> str:
     if status.host == socket.gethostname():
         try:
             process = psutil.Process(status.pid)
-            if abs(process.create_time() - status.created) > 1 or process.status() == psutil.STATUS_ZOMBIE:
+            another = abs(process.create_time() - status.created) > 1 and age > _FRESH_S
+            if another or process.status() == psutil.STATUS_ZOMBIE:
                 return "dead"
             if process.status() == psutil.STATUS_STOPPED:
                 return "stopped"
         except psutil.NoSuchProcess:
             return "dead"
-    return "running" if age <= _FRESH_S or status.unwritten else "silent"
+    return "running" if age <= _FRESH_S else "silent"
 
 
 def _lines(process: Process) -> list[tuple[str, str, str]]:

@@ -9,12 +9,14 @@ One registry for each process, from any thread or task. `Watchdog` writes it to 
 which `asyncppo status RUN` reads. A wait that outlives its own limit, or a phase that outlives `guard.stall_s` (waits
 inside it do not count), is a *stall*: all threads' stacks and the state go to `RUN/stalls/` and to the terminal, and
 the process ends with exit code 1, because a thread that hangs in C cannot be interrupted. Time in which the whole
-process stood still (SIGSTOP, a suspended machine) does not count.
+process stood still (SIGSTOP, a suspended machine) does not count; time in which only the watchdog did, because its disk
+was slow, does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import itertools
 import logging
@@ -35,8 +37,6 @@ from typing import IO, Literal, Self
 import msgspec
 import psutil
 
-from asyncppo.errors import JournalError
-
 log = logging.getLogger("asyncppo.watchdog")
 
 STATUS_DIRECTORY = "status"
@@ -47,6 +47,8 @@ _GRACE_S = 60.0
 """A wait whose own limit has passed by so much (or by `guard.stall_s`, if that is less) will not end."""
 _STOOD_STILL_S = 5.0
 """A watchdog that was not woken for so long belongs to a process that stood still."""
+_REPORT_S = 30.0
+"""A process that has stalled ends after so long even if its report cannot be written: the disk may be what hangs."""
 _BLOCKED_S = 10.0
 """An event loop that has not turned for so long is worth a warning."""
 
@@ -241,7 +243,7 @@ class Watchdog:
         role: who this process is: `learner`, `critic 0`, `rollout a`.
         run_directory: status and stacks are written below it.
         stall_s: `guard.stall_s`.
-        registry, leave: others in tests.
+        registry, leave, timer: others in tests.
     """
 
     def __init__(
@@ -251,6 +253,7 @@ class Watchdog:
         stall_s: float,
         registry: Registry = HERE,
         leave: Callable[[int], object] = os._exit,
+        timer: Callable[..., threading.Timer] = threading.Timer,
     ) -> None:
         self.code = 0
         self.journal: Callable[..., None] | None = None
@@ -260,6 +263,7 @@ class Watchdog:
         self._stall_s = stall_s
         self._registry = registry
         self._leave = leave
+        self._timer = timer
         self._path = status_path(run_directory, role)
         self._created = psutil.Process().create_time()
         self._unwritten = 0
@@ -272,7 +276,9 @@ class Watchdog:
     def __enter__(self) -> Self:
         self._write("running")
         try:
-            self._stacks = stacks_path(self._path).open("wb")
+            path = stacks_path(self._path)
+            path.unlink(missing_ok=True)  # that of another process of this role stays that process's file
+            self._stacks = path.open("wb")
             faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
         except OSError as error:
             log.warning("stacks on demand cannot be written: %s", error)
@@ -285,26 +291,35 @@ class Watchdog:
         self._ending.set()
         self._thread.join(timeout=10)
         why = f"{kind.__name__}: {error}" if kind else f"exit code {self.code}"
-        self._write("failed" if kind or self.code else "ended", why)
+        if self._is_mine():
+            self._write("failed" if kind or self.code else "ended", why)
         if self._stacks is not None:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # one that is on its way must not end the process
             faulthandler.unregister(signal.SIGUSR2)
+            path = stacks_path(self._path)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._stacks.fileno()), path.stat()):
+                    path.unlink()
             self._stacks.close()
-            stacks_path(self._path).unlink(missing_ok=True)
 
     def tick(self) -> None:
         """Look once: excuse a standstill, write the status, end the process if it has stalled."""
-        now = self._registry.clock()
-        gap, self._last = now - self._last, now
+        gap = self._registry.clock() - self._last
         if gap > _STOOD_STILL_S:
             log.warning("this process stood still for %.0f s, which counts towards no limit", gap)
             self._registry.excuse(gap)
-        self._write("running")
-        self._look_at_the_loop()
         stalled = self._registry.stall(self._stall_s)
         if stalled:
+            at_last = self._timer(_REPORT_S, self._leave, (1,))
+            at_last.daemon = True
+            at_last.start()
             self._report(stalled)
+            at_last.cancel()
             self._leave(1)
+            return
+        self._write("running")
+        self._look_at_the_loop()
+        self._last = self._registry.clock()  # only the sleep until the next tick is looked at, not a slow disk
 
     def _run(self) -> None:
         while not self._ending.wait(TICK_S):
@@ -347,6 +362,14 @@ class Watchdog:
             if self._unwritten == 1:
                 log.warning("%s cannot be written, and this is said once: %s", self._path, error)
 
+    def _is_mine(self) -> bool:
+        """Whether no other process of this role has written the status file since."""
+        try:
+            status = msgspec.json.decode(self._path.read_bytes(), type=ProcessStatus)
+        except (OSError, msgspec.DecodeError):  # nobody's: `_write` says what is wrong with it
+            return True
+        return (status.host, status.pid) == (socket.gethostname(), os.getpid())
+
     def _report(self, what: str) -> None:
         log.critical("stalled: %s %s. All stacks follow, then this process ends", self._role, what)
         self._write("stalled", what)
@@ -365,7 +388,7 @@ class Watchdog:
         if self.journal is not None:
             try:
                 self.journal("stalled", role=self._role, what=what, stacks=str(path))
-            except (JournalError, ValueError) as error:  # a full disk, or a journal that is closed already
+            except ValueError as error:  # a journal that is closed already
                 log.critical("the event cannot be written: %s", error)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

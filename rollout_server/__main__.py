@@ -87,8 +87,9 @@ async def serve(
     link = ZmqLink(trainer, f"{name}/{incarnation}".encode(), config.stream.max_message_mb << 20, client_keys)
     server = RolloutServer(config, link, engine, grader, name, model, incarnation)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.stop, signal.Signals(number).name)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
+            loop.add_signal_handler(number, server.stop, signal.Signals(number).name)
     log.info("%s says Hello to %s", name, trainer)
     with Watchdog(f"rollout {name}", config.run_directory, config.guard.stall_s):
         beat = asyncio.create_task(HERE.beat(config.guard.stall_s), name="beat")

@@ -3,7 +3,9 @@
     verify (in a thread, generation goes on) ▶ pause ▶ load ▶ resume ▶ Swapped, or SwapFailed
 
 The announcement that came last is the one that counts, whatever its number: a trainer that went back to a checkpoint
-announces a lower version. One that a later announcement overtakes before it is loaded is skipped.
+announces a lower version. One that a later announcement overtakes before it is loaded is skipped. One that could not be
+verified (a shared directory may lag) is tried again when it is announced again; one that the engine would not load is
+not, until another one was announced.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class HotSwap:
         self._announced: WeightsReady | None = None  # what came last
         self._pending: WeightsReady | None = None  # what to load now
         self._good: WeightsReady | None = None  # what the engine loaded last
-        self._bad: WeightsReady | None = None  # what would not load
+        self._bad: WeightsReady | None = None  # what would not load, as long as nothing else was announced
         self._changed = asyncio.Event()
         self._engine_lock = asyncio.Lock()
         self.swapping = False
@@ -51,12 +53,16 @@ class HotSwap:
 
     def announce(self, ready: WeightsReady) -> None:
         """A version is published. Also for one that is loaded already: a trainer that returned wants its Swapped."""
-        self._announced = self._pending = ready
+        if not _same(ready, self._bad):
+            self._bad = None
+        self._announced = ready
+        if self._pending is None or not _same(ready, self._pending):  # one that is being verified goes on
+            self._pending = ready
         self._changed.set()
 
     def engine_restarted(self) -> None:
         """The engine has lost its weights: load what was announced last, or what worked last where that would not."""
-        self._pending = self._good if self._announced is self._bad else self._announced
+        self._pending = self._good if _same(self._announced, self._bad) else self._announced
         self._changed.set()
 
     async def next(self) -> Swapped | SwapFailed:
@@ -77,7 +83,16 @@ class HotSwap:
         version, directory = wanted.policy_version, Path(wanted.directory)
         if self._has(wanted):
             self._pending = None
-            return Swapped(policy_version=version, verify_s=0.0, pause_s=0.0, load_s=0.0, resume_s=0.0)
+            return Swapped(
+                policy_version=version,
+                manifest=wanted.manifest,
+                verify_s=0.0,
+                pause_s=0.0,
+                load_s=0.0,
+                resume_s=0.0,
+            )
+        if _same(wanted, self._bad) and not _same(wanted, self._good):
+            return self._failed(wanted, "the engine could not load it before; it waits for another version")
         try:
             started = time.monotonic()
             await asyncio.to_thread(weights.verify, directory, version, wanted.manifest)
@@ -88,20 +103,16 @@ class HotSwap:
                 self._pending = None
                 return await self._swap(wanted, verify_s)
         except (EngineError, WeightsError, OSError, ValueError) as error:
-            if not isinstance(error, EngineError):
-                self._bad = wanted
-            if self._pending in (wanted, None):
-                fall_back = self._engine.policy_version == UNLOADED and self._good is not wanted
-                self._pending = self._good if fall_back else None
-            return SwapFailed(policy_version=version, reason=brief(str(error)))
+            return self._failed(wanted, str(error))
+
+    def _failed(self, wanted: WeightsReady, reason: str) -> SwapFailed:
+        if self._pending in (wanted, None):
+            fall_back = self._engine.policy_version == UNLOADED and not _same(self._good, wanted)
+            self._pending = self._good if fall_back else None
+        return SwapFailed(policy_version=wanted.policy_version, reason=brief(reason))
 
     def _has(self, wanted: WeightsReady) -> bool:
-        good = self._good
-        return (
-            good is not None
-            and (good.policy_version, good.manifest) == (wanted.policy_version, wanted.manifest)
-            and self._engine.policy_version == wanted.policy_version
-        )
+        return _same(self._good, wanted) and self._engine.policy_version == wanted.policy_version
 
     async def _swap(self, wanted: WeightsReady, verify_s: float) -> Swapped:
         self.swapping = True
@@ -123,6 +134,7 @@ class HotSwap:
             self.swapping = False
         return Swapped(
             policy_version=wanted.policy_version,
+            manifest=wanted.manifest,
             verify_s=verify_s,
             pause_s=paused - started,
             load_s=loaded - paused,
@@ -135,3 +147,10 @@ class HotSwap:
             await self._engine.resume()
         except EngineError as second:
             raise EngineError(f"{error}; and then: {second}") from error
+
+
+def _same(one: WeightsReady | None, other: WeightsReady | None) -> bool:
+    """Whether both are announcements of the same content under the same number."""
+    if one is None or other is None:
+        return one is other
+    return (one.policy_version, one.manifest) == (other.policy_version, other.manifest)

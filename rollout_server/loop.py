@@ -3,6 +3,7 @@
     task            consumes                    produces                            waits for
     receiving       messages of the trainer     leases' tasks, announcements, acks  the link
     hello           -                           Hello, until Welcome                a reason to say it
+    spilling        groups without a trainer    their files                         a kick, by heartbeats and leases
     a lease's task  one Lease                   one Group, or Failed                weights, engine, grading workers
     swapping        announced WeightsReady      Swapped, SwapFailed                 an announcement
     engine watch    the engine's health         a restarted engine                  Welcome; its interval, a suspicion
@@ -122,6 +123,7 @@ class RolloutServer:
         self._welcomed = asyncio.Event()
         self._hello_wanted = asyncio.Event()
         self._hello_wanted.set()
+        self._spill_wanted = asyncio.Event()
         self._engine_started = asyncio.Event()
         self._serving = asyncio.Event()  # the engine lives and has published weights
         self._suspicion = asyncio.Event()  # somebody saw the engine fail
@@ -157,6 +159,7 @@ class RolloutServer:
                     for name, coroutine in (
                         ("receiving", self._receiving()),
                         ("hello", self._saying_hello()),
+                        ("spilling", self._spilling()),
                         ("swapping", self._swapping()),
                         ("engine watch", self._watching_engine()),
                         ("heartbeats", self._heartbeats()),
@@ -219,6 +222,7 @@ class RolloutServer:
                 raise UserError(
                     f"no trainer answered within {limit:g} s (rollout.connect_timeout_s): is one running, and does it "
                     "listen on the address that this server was given (--trainer)?"
+                    + (f" {self._link.hint}" if self._link.hint else "")
                 ) from None
 
     def _say_hello_again(self, why: str) -> None:
@@ -320,6 +324,18 @@ class RolloutServer:
         elif not self._outbox.full and not self._outbox_has_room.is_set():
             self._outbox_has_room.set()
 
+    async def _spilling(self) -> None:
+        """Writes groups to disk while no trainer is there. A task of its own: a disk may be slow, or hang.
+
+        consumes    groups in the outbox
+        produces    their files
+        waits for   a kick, by every heartbeat without a trainer; then the disk, without limit: nobody waits for it
+        """
+        while True:
+            await self._spill_wanted.wait()
+            self._spill_wanted.clear()
+            await self._outbox.spill(self._welcomed.is_set)
+
     async def _heartbeats(self) -> None:
         """Tells the trainer that this server lives, and notices when the trainer no longer does.
 
@@ -330,7 +346,7 @@ class RolloutServer:
         while True:
             await asyncio.sleep(self._heartbeat_s)
             if not self._welcomed.is_set():
-                await self._outbox.spill()
+                self._spill_wanted.set()
                 continue
             patience = MISSED_PULSES * self._heartbeat_s
             if time.monotonic() - self._last_heard > patience:
@@ -406,7 +422,7 @@ class RolloutServer:
         if self._welcomed.is_set():
             await self._send_groups()
         else:
-            await self._outbox.spill()
+            self._spill_wanted.set()
 
     def _check_size(self, group: Group) -> None:
         """Raises EngineError for a group that the trainer would not let in."""

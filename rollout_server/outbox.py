@@ -17,7 +17,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,6 @@ class Outbox:
         self._bytes = 0
         self._on_their_way = 0
         self._disk_fails = False
-        self._spilling = asyncio.Lock()
         for path in self._files():
             self._kept[int(path.name.removesuffix(_SUFFIX))] = _Kept(path.stat().st_size, None)
         self._bytes = sum(kept.size for kept in self._kept.values())
@@ -112,20 +111,24 @@ class Outbox:
         with contextlib.suppress(OSError):  # it is not there, or holds groups
             self._directory.rmdir()
 
-    async def spill(self) -> None:
-        """Nobody takes groups now: what is in memory goes to disk, as far as there is room and the disk does it."""
-        async with self._spilling:
-            on_disk = sum(kept.size for kept in self._kept.values() if kept.group is None)
-            for lease, kept in list(self._kept.items()):
-                if kept.group is None or self._kept.get(lease) is not kept:
-                    continue
-                if on_disk + kept.size > self._limit or not await asyncio.to_thread(self._write, lease, kept.group):
-                    return
-                if self._kept.get(lease) is kept:
-                    kept.group = None
-                    on_disk += kept.size
-                else:  # it was acknowledged meanwhile
-                    self._remove(self._path(lease))
+    async def spill(self, trainer_is_there: Callable[[], bool]) -> None:
+        """Nobody takes groups now: what is in memory goes to disk, as far as there is room and the disk does it.
+
+        Between two groups it ends if `trainer_is_there`.
+        """
+        on_disk = sum(kept.size for kept in self._kept.values() if kept.group is None)
+        for lease, kept in list(self._kept.items()):
+            if trainer_is_there():
+                return
+            if kept.group is None or self._kept.get(lease) is not kept:
+                continue
+            if on_disk + kept.size > self._limit or not await asyncio.to_thread(self._write, lease, kept.group):
+                return
+            if self._kept.get(lease) is kept:
+                kept.group = None
+                on_disk += kept.size
+            else:  # it was acknowledged meanwhile
+                self._remove(self._path(lease))
 
     def to_send(self, again_after_s: float) -> Iterator[Group]:
         """Groups whose turn it is: never sent, while the window has room, or sent longer ago than this. They count as

@@ -14,8 +14,10 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -28,6 +30,8 @@ log = logging.getLogger("rollout_server.reward")
 
 _START_S = 60.0
 """A worker must be up, with its imports, within this time."""
+_NEAR = 0.95
+"""A worker whose memory came to this part of `reward.memory_mb` may have been refused some: its grade says nothing."""
 _OUT_OF_MEMORY = 77
 """Exit code of a worker that has met `reward.memory_mb`."""
 
@@ -51,15 +55,33 @@ def _grade_texts(config: RewardConfig, texts: Sequence[str], answer: str) -> lis
 
 
 def _bounded(function: Callable[[str, str], Reward]) -> Callable[[str, str], Reward]:
-    """A worker that has run out of memory ends: what it still holds would fail the gradings that come after."""
+    """A worker that has run out of memory ends: what it still holds would fail the gradings that come after.
+
+    sympy and math_verify swallow many a MemoryError and go on: so the peak is looked at, too.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
 
     def reward(text: str, answer: str) -> Reward:
+        before = _peak()
         try:
-            return function(text, answer)
+            result = function(text, answer)
+            peak = _peak()
         except MemoryError:
             os._exit(_OUT_OF_MEMORY)
+        if peak > before and peak >= _NEAR * limit:
+            os._exit(_OUT_OF_MEMORY)
+        return result
 
     return reward
+
+
+def _peak() -> int:
+    """The most address space that this process has had, in bytes; 0 where the kernel does not say (not Linux)."""
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmPeak:"):
+                return int(line.split()[1]) << 10
+    return 0
 
 
 class Grader:
@@ -76,6 +98,8 @@ class Grader:
         self._config = config
         self._timeout_s = config.timeout_s
         self._waiting = 0
+        self._limits: set[asyncio.Timeout] = set()
+        """Of the jobs that wait for the pool."""
         self._pool = self._new_pool()
 
     def _new_pool(self) -> ProcessPool:
@@ -111,8 +135,12 @@ class Grader:
         waiting = asyncio.timeout(limit)
         try:
             async with waiting:
-                job = pool.schedule(_grade_texts, args=(config, list(texts), answer), timeout=self._timeout_s)
-                grades: list[Grade] = await asyncio.wrap_future(job)
+                self._limits.add(waiting)
+                try:
+                    job = pool.schedule(_grade_texts, args=(config, list(texts), answer), timeout=self._timeout_s)
+                    grades: list[Grade] = await asyncio.wrap_future(job)
+                finally:
+                    self._limits.discard(waiting)
         except TimeoutError:
             if not waiting.expired():
                 log.warning("grading %d responses took longer than %g s: worker killed", len(texts), self._timeout_s)
@@ -131,10 +159,14 @@ class Grader:
         return await self._submit(config, texts, answer, again=False) if again else None
 
     async def _replace(self, pool: ProcessPool, why: str) -> None:
-        """A new pool for one that is of no more use; whoever still waits for the old one is told so by its limit."""
+        """A new pool for one that is of no more use. It answers nobody any more, so the limit of whoever still waits
+        for it passes now."""
         if self._pool is pool:
             log.error("the grading workers are replaced: %s", why)
             self._pool = self._new_pool()
+            for limit in self._limits:
+                if not limit.expired():
+                    limit.reschedule(asyncio.get_running_loop().time())
             await asyncio.to_thread(_end, pool)
 
     async def self_test(self) -> None:

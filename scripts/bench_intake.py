@@ -124,7 +124,12 @@ class Swarm:
                 case WeightsReady():
                     self._versions[socket] = message.policy_version
                     swapped = Swapped(
-                        policy_version=message.policy_version, verify_s=0.0, pause_s=0.0, load_s=0.0, resume_s=0.0
+                        policy_version=message.policy_version,
+                        manifest=message.manifest,
+                        verify_s=0.0,
+                        pause_s=0.0,
+                        load_s=0.0,
+                        resume_s=0.0,
                     )
                     self._say(socket, swapped)
                 case Lease():

@@ -255,7 +255,14 @@ class Server:
             case WeightsReady():
                 self.version = message.policy_version
                 self.to_say.append(
-                    Swapped(policy_version=self.version, verify_s=0.0, pause_s=0.0, load_s=0.0, resume_s=0.0)
+                    Swapped(
+                        policy_version=self.version,
+                        manifest=message.manifest,
+                        verify_s=0.0,
+                        pause_s=0.0,
+                        load_s=0.0,
+                        resume_s=0.0,
+                    )
                 )
             case Unknown():
                 if not any(isinstance(waiting, Hello) for waiting in self.to_say):
@@ -363,7 +370,10 @@ class IntakeFuzz:
         elif self._granted and chance.random() < 0.5:
             lease = chance.choice(list(self._granted.values()))[1]
         number = lease.lease if isinstance(lease, Lease) else lease
-        swap = Swapped(policy_version=self._version, verify_s=0.1, pause_s=0.1, load_s=0.1, resume_s=0.1)
+        manifest = "none" if chance.random() < 0.8 else "another trainer's"
+        swap = Swapped(
+            policy_version=self._version, manifest=manifest, verify_s=0.1, pause_s=0.1, load_s=0.1, resume_s=0.1
+        )
         makers: list[Callable[[], Message]] = [
             *[lambda: a_group(lease, max(server.version, 0), server.trainer)] * 8,
             lambda: a_hello(server.name, str(server.starts)),
@@ -493,7 +503,7 @@ def fuzz_sockets(seed: int, messages: int) -> tuple[list[str], Counter[str]]:
             lambda: a_group(chance.randrange(100), 0),
             lambda: _status(0),
             lambda: Failed(lease=1, reason="no"),
-            lambda: Swapped(policy_version=0, verify_s=0.0, pause_s=0.0, load_s=0.0, resume_s=0.0),
+            lambda: Swapped(policy_version=0, manifest="", verify_s=0.0, pause_s=0.0, load_s=0.0, resume_s=0.0),
         ]
         for number in range(messages):
             frames = mutator.noise() if chance.random() < 0.2 else mutator.frames(chance.choice(originals)())

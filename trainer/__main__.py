@@ -24,7 +24,8 @@ from asyncppo.waits import Watchdog, forget_statuses
 log = logging.getLogger("asyncppo.trainer")
 
 _ORPHAN_S = 60.0
-"""A critic whose supervisor has been gone for so long leaves, if the learner has not told it to."""
+"""A critic whose supervisor has been gone for so long leaves, if the learner has not told it to; not before
+`guard.stall_s`, which a step that is still to be finished and saved may take."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -44,7 +45,7 @@ def main(
 ) -> None:
     """Train: listen for rollout servers, learn from their groups, publish every version.
 
-    Ctrl-C or SIGTERM finishes the step, saves and exits 0; the same command goes on from there.
+    Ctrl-C, SIGTERM or a closed terminal finishes the step, saves and exits 0; the same command goes on from there.
     Exit codes: 0 done or stopped, 1 failed, 2 something that was given cannot work.
     """
     try:
@@ -85,7 +86,7 @@ def _run(
             if not given:
                 raise ConfigError(f"critic {index} has no address: give --address, or critic.addresses in the config")
             # The learner, which is told to stop when the supervisor is gone, still needs its critics in order to save.
-            alone = orphaned(supervisor, _ORPHAN_S) if supervisor else lambda: False
+            alone = orphaned(supervisor, max(_ORPHAN_S, config.guard.stall_s)) if supervisor else lambda: False
             by_learner = critic(config, index, given[0], lambda: should_stop() or alone())
             if not by_learner and supervisor == os.getppid():
                 log.warning("told to end, and not by the learner")

@@ -29,6 +29,8 @@ from trainer.stream.ledger import LedgerState
 log = logging.getLogger("asyncppo.checkpoint")
 
 _REPLACED = ".replaced-"
+_LAST_S = 60.0
+"""A process that ends waits so long for its save in progress."""
 
 
 class GuardState(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,8 +124,8 @@ class Checkpoints:
             self._failure = _why(lambda: write_parts(partial))
             if self._agree(not self._failure) and first_rank:
                 self._writer = threading.Thread(
-                    target=self._finish, args=(state, partial, started), name="checkpoint writer"
-                )
+                    target=self._finish, args=(state, partial, started), name="checkpoint writer", daemon=True
+                )  # a daemon: a disk that hangs must not keep a process that has given up
                 self._writer.start()
                 return
         if first_rank:
@@ -147,6 +149,14 @@ class Checkpoints:
             log.info("saved %s, %.1f MB in %.1f s", self._place(version), size / 1e6, seconds)
             if self._journal:
                 self._journal.event("checkpoint_saved", policy_version=version, bytes=size, seconds=seconds)
+
+    def close(self) -> None:
+        """A process that ends, whyever, lets the save in progress reach the disk, for a minute at most."""
+        if self._writer is not None:
+            with waiting("the last checkpoint to reach the disk", _LAST_S):
+                self._writer.join(_LAST_S)
+            if self._writer.is_alive():
+                log.error("the checkpoint in progress did not reach the disk within %.0f s, and is lost", _LAST_S)
 
     def settled(self) -> bool:
         """Wait for the end of the save in progress, if there is one; whether the last one is whole. All ranks call it.
@@ -257,7 +267,10 @@ class Checkpoints:
             if not place.exists():
                 os.replace(replaced, place)
         for left in [*self._root.glob(f"{PARTIAL}*"), *self._root.glob(f"{_REPLACED}*")]:
-            shutil.rmtree(left)
+            try:
+                shutil.rmtree(left)
+            except OSError as error:  # it is in nobody's way
+                log.warning("%s could not be removed: %s", left, error)
 
     def _prepare(self, partial: Path) -> None:
         self._root.mkdir(parents=True, exist_ok=True)
@@ -273,15 +286,14 @@ class Checkpoints:
 
     def _finish(self, state: TrainerState, partial: Path, started: float) -> None:
         """In a thread of its own: from written parts to a checkpoint that is on the disk under its name."""
-        size = 0
-
-        def finish() -> None:
-            nonlocal size
+        size, failure = 0, ""
+        try:
             size = self._commit(state, partial)
-
-        failure = _why(finish)
-        if failure:
+        except Exception as error:  # whatever it is, a thread that ends without an outcome would pass for a success
+            failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             shutil.rmtree(partial, ignore_errors=True)
+        else:
+            self._retain()
         self._outcomes.put((state.policy_version, size, time.monotonic() - started, failure))
 
     def _commit(self, state: TrainerState, partial: Path) -> int:
@@ -314,10 +326,10 @@ class Checkpoints:
         shutil.rmtree(replaced, ignore_errors=True)
         if self._on_whole:
             self._on_whole(final, state.policy_version)
-        self._retain()
         return manifest.bytes
 
     def _retain(self) -> None:
+        """Never fails: what cannot be removed stays, and the new one is whole whatever becomes of the others."""
         run = self._config.run
         whole = {manifest.policy_version: path for path, manifest in self._whole()}
         keep = checkpoints.kept(whole, run.keep_checkpoints, run.keep_every)
@@ -330,12 +342,15 @@ class Checkpoints:
                 log.warning("%s could not be removed: %s", whole[version], error)
 
     def _whole(self) -> list[tuple[Path, Manifest]]:
-        """Those whose files are all there in their sizes, oldest first."""
-        return [
-            (path, checkpoints.read_manifest(path))
-            for path in sorted(self._root.glob(f"{STEP}*"))
-            if (path / MANIFEST).is_file() and not checkpoints.problems(path, checksums=False)
-        ]
+        """Those whose files are all there in their sizes, oldest first. One that cannot be read is left alone."""
+        found = []
+        for path in sorted(self._root.glob(f"{STEP}*")):
+            try:
+                if (path / MANIFEST).is_file() and not checkpoints.problems(path, checksums=False):
+                    found.append((path, checkpoints.read_manifest(path)))
+            except OSError as error:
+                log.warning("%s cannot be read, and is left as it is: %s", path, error)
+        return found
 
 
 def _why(attempt: Callable[[], None]) -> str:

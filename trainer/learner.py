@@ -81,15 +81,20 @@ class Learner:
             return version
         while version < self._config.run.steps and self._step(version):
             version += 1
+        with waits.phase(f"save and export of version {version}"):  # before an evaluation that may wait in vain
+            self._save(version)
+            self._export(version)
         if version == self._config.run.steps and self._config.eval.at_end:
             self._evaluate(version)
         if not self._checkpoints.settled():
             self._saved_version = -1  # it is tried once more
-        with waits.phase(f"save and export of version {version}"):
             self._save(version)
-            self._export(version)
-            self._checkpoints.wait()
+        self._checkpoints.wait()
         return version
+
+    def close(self) -> None:
+        """Let the save in progress end, whyever the run has ended."""
+        self._checkpoints.close()
 
     def _step(self, version: int) -> bool:
         """One batch: values, targets, `utd` passes, the next version. False when the run is to stop."""

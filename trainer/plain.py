@@ -201,6 +201,10 @@ class LockstepChannel:
         self._timeout_s = timeout_s
         self._answers: list[Any] = []
 
+    @property
+    def hint(self) -> str:
+        return self._inner.hint
+
     def send(self, message: Message) -> bool:
         self._inner.send(message)
         if not isinstance(message, Stop):

@@ -70,7 +70,10 @@ class Publisher:
         """Remove versions below this one: every server serves it or a newer one."""
         for path in self._root.glob("v*"):
             if int(path.name[1:]) < version:
-                shutil.rmtree(path)
+                try:
+                    shutil.rmtree(path)
+                except OSError as error:  # a late server on a shared file system may hold a file of it open
+                    log.warning("%s is not removed yet: %s", path, error)
 
     def close(self) -> None:
         """Remove all of this run's versions."""

@@ -75,7 +75,7 @@ def _learner(
 ) -> int:
     world = World(_collective_s(config))
     first = world.rank == 0
-    critics = intake = publisher = journal = None
+    critics = intake = publisher = journal = trainer = None
     if first:  # answer servers before the models are loaded: their engines start meanwhile
         hub = ZmqHub(config.stream.address, config.stream.max_message_mb << 20, keys.of_trainer(config.stream.keys))
         journal = Journal(config.run_directory)
@@ -112,13 +112,16 @@ def _learner(
         if journal:
             journal.event("start", version=version, resumed=bool(resumed))
         before = resumed[1] if resumed else None
-        reached = Learner(config, world, feed, policy, critics, publisher, journal, before).run(version)
+        trainer = Learner(config, world, feed, policy, critics, publisher, journal, before)
+        reached = trainer.run(version)
         complete = reached == config.run.steps
         reason = "the run is complete" if complete else "the trainer was stopped"
         if journal:
             journal.event("end", version=reached, reason=reason)
         return 0
     finally:
+        if trainer:
+            trainer.close()
         if critics:
             critics.stop(reason)
         if intake:

@@ -34,6 +34,10 @@ class Hub(Protocol):
 class Link(Protocol):
     """A rollout server's end, in its event loop. Reconnects by itself."""
 
+    @property
+    def hint(self) -> str:
+        """Why nothing may come from the other end, for the message of one that gives up; may be empty."""
+
     async def receive(self) -> Any:
         """The next message from the trainer.
 
@@ -50,6 +54,10 @@ class Link(Protocol):
 
 class Channel(Protocol):
     """Either end of the line between the learner and one critic; used by one thread."""
+
+    @property
+    def hint(self) -> str:
+        """Why nothing may come from the other end, for the message of one that gives up; may be empty."""
 
     def send(self, message: Message) -> bool:
         """Queue a message for the other end; False when none has come within a second."""

@@ -73,6 +73,10 @@ class MemoryLink:
         self._deliver = deliver
         self._hang_up = hang_up
 
+    @property
+    def hint(self) -> str:
+        return ""
+
     async def receive(self) -> Any:
         return self._codec.decode(await self._inbox.get())
 
@@ -96,6 +100,10 @@ class MemoryChannel:
         down: queue.SimpleQueue[Frames] = queue.SimpleQueue()
         up: queue.SimpleQueue[Frames] = queue.SimpleQueue()
         return cls(up, down, ToLearner), cls(down, up, to_critic)
+
+    @property
+    def hint(self) -> str:
+        return ""
 
     def send(self, message: Message) -> bool:
         self._outbox.put([bytes(frame) for frame in self._codec.encode(message)])

@@ -33,8 +33,7 @@ log = logging.getLogger("asyncppo.transport")
 
 _LINGER_MS = 1000
 _HANDSHAKES = 4
-"""Handshakes in a row that fail without a reason before it is taken for a matter of keys, and not of a process that was
-just ending."""
+"""Handshakes in a row that fail without a reason before people are told what the reason may be."""
 _DOMAIN = "asyncppo"
 """By which the authenticator knows our sockets."""
 _LOGGED = 20
@@ -121,12 +120,30 @@ class _Locked:
 
 
 class _Handshakes:
-    """What becomes of the handshakes of a socket that connects: a refusal has to be told to people."""
+    """What becomes of the handshakes of a socket that connects: a refusal has to be told to people.
+
+    A connection that closes before its handshake is no refusal: a tunnel or proxy accepts for an end that is away, and
+    a process that is stopped accepts too. ZeroMQ goes on trying; whoever waits has a limit, and `hint` for its message.
+    """
 
     def __init__(self, address: str, has_keys: bool) -> None:
         self._address = address
         self._has_keys = has_keys
         self._in_a_row = 0
+
+    @property
+    def hint(self) -> str:
+        """Why nothing may come; empty when there is nothing to say."""
+        if self._in_a_row < _HANDSHAKES:
+            return ""
+        return (
+            f"{self._address} accepts connections and ends them before the handshake: the other end is away behind a "
+            f"tunnel or proxy, or stopped, or its keys do not fit ({self._ours}; stream.keys)"
+        )
+
+    @property
+    def _ours(self) -> str:
+        return "this end has keys" if self._has_keys else "this end has no keys"
 
     def observe(self, frames: list[bytes]) -> None:
         """Take one message of the socket's monitor.
@@ -142,14 +159,15 @@ class _Handshakes:
                 f"{self._address} does not let this key in: is its public key in the other end's directory of keys? "
                 "(stream.keys; make it there with asyncppo keys)"
             )
-        elif event in (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
-            self._in_a_row += 1  # after a violation of the protocol ZeroMQ does not try again
-            if self._in_a_row >= _HANDSHAKES or event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                ours = "this end has keys" if self._has_keys else "this end has no keys"
-                raise AddressError(
-                    f"{self._address} answers, and no handshake succeeds: {ours}, so the other one has none, or "
-                    "others; give both ends stream.keys with one directory that asyncppo keys made, or neither"
-                )
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:  # after which ZeroMQ does not try again
+            raise AddressError(
+                f"{self._address} answers, and no handshake succeeds: {self._ours}, so the other one has none, or "
+                "others; give both ends stream.keys with one directory that asyncppo keys made, or neither"
+            )
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            self._in_a_row += 1
+            if self._in_a_row == _HANDSHAKES:
+                log.warning("%s; trying on", self.hint)
 
 
 _WATCHED = (
@@ -304,6 +322,10 @@ class ZmqLink:
         self._refused: asyncio.Future[None] = asyncio.ensure_future(self._watch())
         self._socket.connect(address)
 
+    @property
+    def hint(self) -> str:
+        return self._handshakes.hint
+
     async def receive(self) -> Any:
         message: asyncio.Future[list[bytes]] = asyncio.ensure_future(self._socket.recv_multipart())
         try:
@@ -363,6 +385,7 @@ class ZmqChannel:
         self._socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 15)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 4)
         self._monitor: zmq.Socket[bytes] | None = None
+        self._handshakes = _Handshakes(address, keys is not None)
         if bind:
             try:
                 if self._locked:
@@ -376,8 +399,11 @@ class ZmqChannel:
             client = keys if isinstance(keys, ClientKeys) else None
             _unlock(self._socket, client)
             self._monitor = self._socket.get_monitor_socket(_WATCHED)
-            self._handshakes = _Handshakes(address, client is not None)
             self._socket.connect(address)
+
+    @property
+    def hint(self) -> str:
+        return self._handshakes.hint
 
     def send(self, message: Message) -> bool:
         try:

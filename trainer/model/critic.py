@@ -45,7 +45,7 @@ NOTHING = object()
 """No message has come yet."""
 _NOTHING = "nothing"
 _READY_S = 5.0
-"""CriticReady is sent this often, until the learner has said something."""
+"""CriticReady is sent this often while the learner says nothing: it may be another process that has never heard it."""
 _SHARE_S = 30.0
 """Rank 0 of a critic tells the others this often that nothing has come."""
 
@@ -76,11 +76,16 @@ class Critic:
         self._settings = config.critic_of(index)
         self._index = index
         self._world = world
+        self._warming = False
         begun = warm_started(config, world)
-        self._warming = config.warmup_groups > 0 and begun is None
         if begun is not None:
             self.start(begun / f"critic_{index}")
-        elif self._warming:
+        else:
+            self.begin()
+
+    def begin(self) -> None:
+        """Begin as a run does that finds nothing of an earlier one: with the warm start, if the config has one."""
+        if self._config.warmup_groups > 0:
             self.warm_up()
         else:
             self.start(str(self._settings.path))
@@ -210,7 +215,7 @@ def serve(
     """Answer the learner until it says Stop, or this process is told to; returns whether it was the learner.
 
         consumes      Learn, SaveCritic, LoadCritic, ExportCritic, StartCritic, of its own session only
-        produces      CriticReady until something comes, then Learned or Done for each; CriticFailed before an error
+        produces      CriticReady while nothing comes; Learned or Done for each; CriticFailed before an error
         waits for     the learner, without a limit of its own: the supervisor ends this process when the learner ends
         unblocked by  the channel, `should_stop`
 
@@ -249,7 +254,7 @@ def _answer(critic: Critic, message: Any, world: World) -> Learned | Done | None
         case StartCritic() if message.directory:
             critic.start(message.directory)
         case StartCritic():
-            critic.warm_up()
+            critic.begin()
         case _:
             return None
     return Done()
@@ -275,8 +280,7 @@ class _Line:
         self._channel = channel
         self._should_stop = should_stop
         self._ready = ready
-        self._is_known = False
-        self._ready_at = -math.inf
+        self._quiet_since = -math.inf
 
     @property
     def session(self) -> str:
@@ -287,6 +291,7 @@ class _Line:
         """Send, however long the learner is away; not when this process is told to end."""
         while self._channel is not None and not self._channel.send(message) and not self._should_stop():
             log.debug("the learner has not come yet, or is gone")
+        self._quiet_since = time.monotonic()
 
     def next(self, limit_s: float) -> Any:
         """The learner's next message to this very process; `NOTHING` after the limit."""
@@ -294,9 +299,8 @@ class _Line:
             return NOTHING
         deadline = time.monotonic() + limit_s
         while not self._should_stop():
-            if not self._is_known and time.monotonic() - self._ready_at >= _READY_S:
-                self.send(self._ready)
-                self._ready_at = time.monotonic()
+            if time.monotonic() - self._quiet_since >= _READY_S and self._channel.send(self._ready):
+                self._quiet_since = time.monotonic()
             try:
                 message = self._channel.receive(0.5)
             except MessageError as error:
@@ -305,7 +309,9 @@ class _Line:
             if isinstance(message, ForCritic) and message.session != self.session:
                 log.info("dropped: %s for a process before this one", type(message).__name__)
             elif message is not None:
-                self._is_known = True
+                self._quiet_since = time.monotonic()
+                if isinstance(message, (Learn, LoadCritic, StartCritic)):
+                    self._ready = msgspec.structs.replace(self._ready, used=True)
                 return message
             if time.monotonic() >= deadline:
                 return NOTHING

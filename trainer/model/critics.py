@@ -317,8 +317,8 @@ class Critics:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise StallError(
-                        f"waited {limit:.0f} s for critic {index} to {what} (critic.timeout_s){lost}; its log says "
-                        "what it does"
+                        f"waited {limit:.0f} s for critic {index} to {what} (critic.timeout_s){lost}; "
+                        f"{line.channel.hint or 'its log says what it does'}"
                     )
                 self._send(line)
                 message = self._receive(index, min(left, _POLL_S))
@@ -356,6 +356,9 @@ class Critics:
         line = self._lines[index]
         is_first, line.session = not line.session, ready.session
         if is_first:  # what was sent before was for nobody
+            if ready.used and line.base is None:  # by a learner that is no more: that does not count in this run
+                log.warning("critic %d has been used by an earlier process of the learner: it begins anew", index)
+                line.unanswered.appendleft(StartCritic(directory=""))
             line.unsent = deque(line.unanswered)
             return
         if not self._come_back:

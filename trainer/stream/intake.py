@@ -16,9 +16,9 @@ import math
 import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -62,6 +62,9 @@ log = logging.getLogger("asyncppo.intake")
 _TICK_S = 0.05
 _LOOK_AROUND_S = 0.5
 """Time between two looks at all servers and leases, at most."""
+_MANIFESTS = 1000
+_PASS_S = 5.0
+"""The thread makes a pass within this time, unless it hangs."""
 _LOGGED = 20
 """Malformed messages, and servers turned away, that are logged one by one; later ones are only counted."""
 _NO_EPOCH = -1
@@ -150,7 +153,11 @@ class Intake:
         self._ignored: Counter[str] = Counter()
         self._swap_pause_s = 0.0
         self._outbox: deque[tuple[bytes, Message]] = deque()
-        self._last_pulse = self._looked_around = 0.0
+        self._last_pulse = self._looked_around = self._last_pass = 0.0
+        self._forgiven_s = 0.0
+        """Seconds that this process stood still: they count for no deadline."""
+        self._manifests: OrderedDict[int, str] = OrderedDict()
+        """Version to manifest of what this process has announced, the last `_MANIFESTS` of them."""
         self._changed = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
@@ -166,7 +173,11 @@ class Intake:
         """
         if state is not None:
             self._admission.version = state.ledger.version
-            for record, kept in zip(self._ledger.restore(state.ledger), state.held, strict=True):
+            keep = state.ledger.agreement in ("", self._identity.agreement)
+            if not keep:
+                log.warning("sampling or reward settings have changed: groups from before are not used, but made anew")
+            records = self._ledger.restore(state.ledger, keep_groups=keep)
+            for record, kept in zip(records, state.held if keep else [], strict=True):
                 self._buffer.add(_held(record, kept.group, kept.used_at))
             self._ledger.check()
         self._thread.start()
@@ -177,6 +188,7 @@ class Intake:
             self._raise_failure()
             self._weights, self._admission.version = weights, weights.policy_version
             self._ledger.history[self._incarnation] = weights.policy_version
+            self._note_manifest(weights)
             self._cancel_overdue(weights.policy_version)  # before the swap: their place is for others
             self._pool.announced(weights.policy_version, time.monotonic())
             for peer in self._pool:
@@ -211,7 +223,7 @@ class Intake:
             StallError: no batch within `stream.batch_timeout_s`; says what there was.
             ConservationError: the ledger's counts do not add up.
         """
-        deadline = time.monotonic() + self._config.stream.batch_timeout_s
+        give_up_at = self._give_up_at()
         with self._changed:
             while True:
                 self._raise_failure()
@@ -221,7 +233,7 @@ class Intake:
                 chosen = self._buffer.take(version, self._ledger.due, wait_for_slow=self._config.stream.slow == "wait")
                 if chosen is not None:
                     break
-                if not self._changed.wait(min(0.5, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                if not self._wait_for_change(give_up_at):
                     raise StallError(
                         f"waited {self._config.stream.batch_timeout_s:.0f} s for a batch of {self._batch} groups for "
                         f"version {version}: {len(self._pool)} rollout servers, {self._ledger.in_flight} groups in "
@@ -246,7 +258,7 @@ class Intake:
         Raises:
             StallError: not answered within `stream.batch_timeout_s`.
         """
-        deadline = time.monotonic() + self._config.stream.batch_timeout_s
+        give_up_at = self._give_up_at()
         with self._changed:
             self._raise_failure()
             self._evaluation = evaluation = Evaluation(version, deque(enumerate(prompts)))
@@ -257,7 +269,7 @@ class Intake:
                 if should_stop():
                     self._evaluation = None
                     return None
-                if not self._changed.wait(min(0.5, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                if not self._wait_for_change(give_up_at):
                     raise StallError(
                         f"waited {self._config.stream.batch_timeout_s:.0f} s for answers to {len(prompts)} held-out "
                         f"problems, {len(evaluation.groups)} came; {len(self._pool)} rollout servers "
@@ -302,7 +314,11 @@ class Intake:
             version = self._admission.version
         self._journal.sync()  # what a resume goes on from is on the disk no later than the checkpoint
         ledger = msgspec.structs.replace(
-            ledger, version=version, metrics_bytes=metrics_bytes, ledger_bytes=ledger_bytes
+            ledger,
+            version=version,
+            agreement=self._identity.agreement,
+            metrics_bytes=metrics_bytes,
+            ledger_bytes=ledger_bytes,
         )
         return StreamState(ledger, [HeldGroup(position=h.position, used_at=h.used_at, group=h.group) for h in held])
 
@@ -327,6 +343,31 @@ class Intake:
         if self._thread.is_alive():
             self._thread.join(timeout=10)
         self._hub.close()
+
+    def _note_manifest(self, weights: WeightsReady) -> None:
+        """Remember what is announced; newer versions are rolled back, should there be any."""
+        version = weights.policy_version
+        for newer in [v for v in self._manifests if v > version]:
+            del self._manifests[newer]
+        self._manifests[version] = weights.manifest
+        if len(self._manifests) > _MANIFESTS:
+            self._manifests.popitem(last=False)
+
+    def _give_up_at(self) -> float:
+        """When a wait of the learner that begins now ends, less `_forgiven_s`."""
+        return time.monotonic() + self._config.stream.batch_timeout_s - self._forgiven_s
+
+    def _wait_for_change(self, give_up_at: float) -> bool:
+        """Wait a moment for a change, under the lock. False when time is over, and this process has not stood still."""
+        if self._changed.wait(min(0.5, give_up_at + self._forgiven_s - time.monotonic())):
+            return True
+        over = time.monotonic()
+        if over < give_up_at + self._forgiven_s:
+            return True
+        # Perhaps this process stood still just now: the thread says so with its next pass.
+        while self._last_pass < over and self._failure is None and time.monotonic() < over + _PASS_S:
+            self._changed.wait(_TICK_S)
+        return over < give_up_at + self._forgiven_s or self._failure is not None
 
     def _remove_stale(self, version: int) -> None:
         for held in self._buffer.remove_stale(version, self._admission.limit):
@@ -362,7 +403,7 @@ class Intake:
 
     def _run(self) -> None:
         try:
-            last_pass = time.monotonic()
+            self._last_pass = time.monotonic()
             while True:
                 try:
                     item = self._hub.receive(_TICK_S)
@@ -371,10 +412,11 @@ class Intake:
                     self._count_malformed(f"a message {error}")
                 with self._changed:
                     now = time.monotonic()
-                    if now - last_pass > MISSED_HEARTBEATS / 2 * self._config.stream.heartbeat_s:
-                        log.warning("this process stood still for %.0f s; servers get a new deadline", now - last_pass)
-                        self._pool.forgive_silence(now)
-                    last_pass = now
+                    gap_s = now - self._last_pass
+                    if gap_s > MISSED_HEARTBEATS / 2 * self._config.stream.heartbeat_s:
+                        log.warning("this process stood still for %.0f s; every deadline is put off by that", gap_s)
+                        self._forgive_silence(now, gap_s)
+                    self._last_pass = now
                     if item is not None:
                         self._receive(*item, now)
                     if now - self._looked_around >= self._look_around_s:
@@ -389,6 +431,17 @@ class Intake:
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
+
+    def _forgive_silence(self, now: float, gap_s: float) -> None:
+        """This process stood still, and nobody else is to blame: every deadline is later by that."""
+        self._forgiven_s += gap_s
+        self._pool.forgive_silence(now, gap_s)
+        for record in self._ledger.records.values():
+            record.leased_at += gap_s
+        evaluation = self._evaluation
+        for number, lease in list(evaluation.leased.items()) if evaluation else []:
+            assert evaluation is not None
+            evaluation.leased[number] = replace(lease, leased_at=lease.leased_at + gap_s)
 
     def _receive(self, identity: bytes, message: Message, now: float) -> None:
         if isinstance(message, Hello):
@@ -412,6 +465,15 @@ class Intake:
                     self._outbox.append((identity, self._weights))  # its Swapped was lost: it will say so again
             case Swapped() if self._weights is None or message.policy_version > self._weights.policy_version:
                 self._count_malformed(f"{peer.name} serves version {message.policy_version}, which was not published")
+            case Swapped() if self._weights and self._manifests.get(message.policy_version) != message.manifest:
+                log.warning(
+                    "%s serves a version %d that this process has not announced (an earlier trainer's, or a very old "
+                    "one): it is told of version %d again",
+                    peer.name,
+                    message.policy_version,
+                    self._weights.policy_version,
+                )
+                self._outbox.append((identity, self._weights))
             case Swapped():
                 if self._pool.swapped(peer, message.policy_version, now):
                     self._announce_return(peer)
@@ -427,6 +489,7 @@ class Intake:
                     resume_s=message.resume_s,
                 )
             case SwapFailed():
+                self._pool.swap_failed(peer, now)
                 log.warning("%s keeps version %d: %s", peer.name, peer.policy_version, brief(message.reason))
                 self._journal.event(
                     "swap_failed", server=peer.name, policy_version=message.policy_version, reason=message.reason
@@ -648,6 +711,9 @@ class Intake:
         for peer in found.late:
             version = self._weights.policy_version if self._weights else -1
             self._set_aside(peer, f"it serves version {peer.policy_version} and does not swap to version {version}")
+        for peer in found.failed_swap:
+            assert self._weights is not None, "a server is behind, and nothing was announced"
+            self._outbox.append((peer.identity, self._weights))
         for peer in found.on_probation:
             for lease in self._ledger.held_by(peer.identity):
                 self._take_away(lease, peer.identity, "server set aside")

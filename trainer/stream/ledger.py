@@ -93,8 +93,10 @@ class LedgerState(msgspec.Struct, frozen=True, kw_only=True):
     """Position to how often servers could not complete it."""
     history: dict[str, int] = msgspec.field(default_factory=dict)
     """`Ledger.history`."""
-    prompts: int = 0
-    """Size of the dataset: with another one, positions would be other prompts."""
+    dataset: str = ""
+    """`Prompts.digest`: with another one, positions would be other prompts."""
+    agreement: str = ""
+    """`Config.agreement_hash`: with another one, groups were drawn or graded otherwise."""
     version: int = 0
     """The version about to be trained."""
     metrics_bytes: int = 0
@@ -329,11 +331,16 @@ class Ledger:
             ],
             failures=dict(+self._failures),
             history=dict(self.history),
-            prompts=len(self.prompts),
+            dataset=self.prompts.digest,
         )
 
-    def restore(self, state: LedgerState) -> list[LeaseRecord]:
+    def restore(self, state: LedgerState, *, keep_groups: bool = True) -> list[LeaseRecord]:
         """Go on from a checkpoint: what was in flight is leased again first, what was buffered is buffered.
+
+        Args:
+            state: of the checkpoint.
+            keep_groups: whether the buffered groups are restored too. Without, those never used are leased again, the
+                uses that others had left lapse, and nothing of earlier processes is adopted.
 
         Returns:
             The records of `state.buffered`, in its order, under new lease numbers.
@@ -341,19 +348,32 @@ class Ledger:
         Raises:
             ResumeError: it was made with another dataset.
         """
-        if state.prompts not in (0, len(self.prompts)):
+        if state.dataset not in ("", self.prompts.digest):
             raise ResumeError(
-                f"the checkpoint was made with a dataset of {state.prompts} prompts, this one has {len(self.prompts)}, "
-                "and nobody could say which were consumed: give the same data.train, or choose another run.name"
+                "the checkpoint was made with other prompts, answers, or another order of them, and nobody could say "
+                "which were consumed: give the same data.train, template, tokenizer, data.shuffle and run.seed, or "
+                "choose another run.name"
             )
         self._next_position = state.next_position
         self.admitted, self.consumed, self.dropped = state.admitted, state.consumed, Counter(state.dropped)
         self.used, self.lapsed, self.given_up = state.used, state.lapsed, state.given_up
-        self._failures, self.history = Counter(state.failures), dict(state.history)
+        self._failures = Counter(state.failures)
         for position in state.unconsumed:
             epoch, prompt = self.prompts.at(position)
             self._again[epoch, prompt.prompt_id] = (position, prompt)
-        return [self._restore_buffered(held) for held in state.buffered]
+        if keep_groups:
+            self.history = dict(state.history)
+            return [self._restore_buffered(held) for held in state.buffered]
+        for held in state.buffered:
+            if held.uses:
+                self.consumed += 1
+                self.lapsed += self.utd - held.uses
+                self.write(lapsed=self.utd - held.uses, lease=0, epoch=held.epoch, prompt_id=held.prompt_id)
+            else:
+                self.admitted -= 1
+                epoch, prompt = self.prompts.at(held.position)
+                self._again[epoch, prompt.prompt_id] = (held.position, prompt)
+        return []
 
     def _restore_buffered(self, held: BufferedState) -> LeaseRecord:
         epoch, prompt = self.prompts.at(held.position)

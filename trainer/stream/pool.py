@@ -19,6 +19,9 @@ MISSED_HEARTBEATS = 10
 """Missed heartbeats that are a death."""
 _LATE_SWAPS = 2.0
 """A server that serves an old version for so many times `rollout.swap_timeout_s` without a swap holds nothing up."""
+_RETRY_S, _LONGEST_RETRY_S = 2.0, 30.0
+"""After a failed swap a server is told of the weights again: first after the one, then twice as long each time, up to
+the other."""
 _LONGEST = 10.0
 """A server is set aside for so many times `stream.set_aside_s` at most."""
 _REMEMBERED = 1000
@@ -81,10 +84,16 @@ class Peer:
     """Its place in the order of arrival."""
     policy_version: int = -1
     """What its engine serves; -1 before its first swap."""
+    wants_from: int = 0
+    """Before its first swap: no version older than this one was announced to it since its Hello."""
     in_flight: int = 0
     status: Status | None = None
     behind_since: float | None = None
     """When the version that it has not swapped to was announced, or its last swap, if that was later."""
+    retry_at: float | None = None
+    """When it is told of the weights again, if its last swap failed."""
+    retry_s: float = _RETRY_S
+    """How long the next wait for that is."""
     late: bool = False
     """It has been behind for too long: it gets no lease, and no version is kept for it."""
     stamp: int = 0
@@ -104,6 +113,8 @@ class Surroundings:
     """Nothing was heard of them for too long."""
     late: list[Peer]
     """They have become `late` just now."""
+    failed_swap: list[Peer]
+    """Their swap failed a while ago: they are to be told of the weights again."""
     on_probation: list[Peer]
     """Their time aside is over: what they still hold is to be taken from them, then they may have one lease."""
 
@@ -164,6 +175,8 @@ class Pool:
             )
         peer.last_seen, peer.capacity, peer.policy_version, peer.in_flight = now, hello.capacity, -1, 0
         peer.behind_since, peer.late = (now if self._announced >= 0 else None), False
+        peer.wants_from = max(self._announced, 0)
+        peer.retry_at, peer.retry_s = None, _RETRY_S
         self._peers[identity] = self._by_name[hello.server] = peer
         return peer
 
@@ -184,6 +197,8 @@ class Pool:
         """A new version is out: whoever does not serve it is behind."""
         self._announced = version
         for peer in self._peers.values():
+            peer.wants_from = min(peer.wants_from, version)
+            peer.retry_at, peer.retry_s = None, _RETRY_S
             if peer.behind_since is None:
                 peer.behind_since = now
 
@@ -191,9 +206,15 @@ class Pool:
         """A server serves this version now. Whether it was late until now."""
         peer.policy_version = version
         peer.behind_since = now if version < self._announced else None
+        peer.retry_at, peer.retry_s = None, _RETRY_S
         was_late, peer.late = peer.late, False
         self.update(peer)
         return was_late
+
+    def swap_failed(self, peer: Peer, now: float) -> None:
+        """A server could not swap: it is told of the weights again, as long as it is behind."""
+        if peer.behind_since is not None and peer.retry_at is None:
+            peer.retry_at = now + peer.retry_s
 
     def update(self, peer: Peer) -> None:
         """Note the place of a server that has changed."""
@@ -233,7 +254,7 @@ class Pool:
     def look_around(self, now: float) -> Surroundings:
         """Who is dead, late, or may be tried again."""
         limit = MISSED_HEARTBEATS * self._stream.heartbeat_s
-        found = Surroundings([], [], [])
+        found = Surroundings([], [], [], [])
         for peer in self._peers.values():
             breaker = peer.breaker
             if now - peer.last_seen > limit:
@@ -244,20 +265,27 @@ class Pool:
             elif not peer.late and peer.behind_since is not None and now - peer.behind_since > self._late_s:
                 peer.late = True
                 found.late.append(peer)
+            if peer.retry_at is not None and now >= peer.retry_at:
+                peer.retry_s = min(2 * peer.retry_s, _LONGEST_RETRY_S)
+                peer.retry_at = now + peer.retry_s  # whatever becomes of this message
+                found.failed_swap.append(peer)
         for peer in (*found.late, *found.on_probation):
             self.update(peer)
         return found
 
-    def forgive_silence(self, now: float) -> None:
-        """This process stood still: every server gets a new deadline."""
+    def forgive_silence(self, now: float, gap_s: float) -> None:
+        """This process stood still for so many seconds: every server gets a new deadline."""
         for peer in self._peers.values():
             peer.last_seen = now
             if peer.behind_since is not None:
                 peer.behind_since = now
+            if peer.breaker.until is not None:
+                peer.breaker.until += gap_s
 
     def oldest_served_version(self) -> int | None:
         """The oldest version that a server serves or loads, leaving out those that are late; None without any."""
-        return min((peer.policy_version for peer in self._peers.values() if not peer.late), default=None)
+        in_time = (peer for peer in self._peers.values() if not peer.late)
+        return min((p.policy_version if p.policy_version >= 0 else p.wants_from for p in in_time), default=None)
 
     def totals(self) -> tuple[int, float]:
         """Response tokens of all servers that ever were, and the seconds that they had nothing to generate."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import xxhash
 
 from asyncppo.config import DataConfig
 from asyncppo.errors import DataError
@@ -128,6 +130,16 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self._prompts)
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3-128 of the whole sequence: every id, token and answer, in order, the seed and whether it shuffles."""
+        digest = xxhash.xxh3_128(f"{self._seed} {self._shuffle} {len(self._prompts)}".encode())
+        for prompt in self._prompts:
+            for part in (prompt.prompt_id.encode(), prompt.prompt_ids.tobytes(), prompt.answer.encode()):
+                digest.update(len(part).to_bytes(8, "little"))
+                digest.update(part)
+        return digest.hexdigest()
 
     def after(self, position: int) -> Iterator[tuple[int, Prompt]]:
         """From the `position`-th prompt of the run on."""

@@ -165,18 +165,69 @@ def test_an_unknown_key_is_refused_within_seconds_and_both_ends_say_so(
     assert not any(secret in everything for secret in secrets_in(directory) + secrets_in(tmp_path / "others"))
 
 
-def test_another_trainers_key_no_key_and_a_trainer_without_keys_are_told_apart_from_silence(
-    directory: Path, hub: ZmqHub, tmp_path: Path
-) -> None:
-    keys.make(tmp_path / "others", ["alice"])
-    other = keys.of_rollout_server(str(tmp_path / "others"), "alice")
-    assert "this end has keys" in refusal(hub.address, other)
+def test_no_key_and_a_trainer_without_keys_are_told_apart_from_silence(directory: Path, hub: ZmqHub) -> None:
     assert "this end has no keys" in refusal(hub.address, None)
     assert hub.receive(0.1) is None
     plain = ZmqHub("tcp://127.0.0.1:0")
     assert "this end has keys" in refusal(plain.address, keys.of_rollout_server(str(directory), "alice"))
     assert plain.receive(0.1) is None
     plain.close()
+
+
+async def hint_of(link: ZmqLink) -> str:
+    """What a link that hears nothing has to say for itself; a refusal raises."""
+    receiving = asyncio.ensure_future(link.receive())
+    try:
+        async with asyncio.timeout(SOON_S):
+            while not link.hint:
+                assert not receiving.done(), receiving.exception()
+                await asyncio.sleep(0.02)
+        await asyncio.wait((receiving,), timeout=0.5)  # it goes on
+        assert not receiving.done(), receiving.exception()
+    finally:
+        receiving.cancel()
+    return link.hint
+
+
+def test_another_trainers_key_is_no_refusal_to_zeromq_and_the_link_has_a_hint(hub: ZmqHub, tmp_path: Path) -> None:
+    keys.make(tmp_path / "others", ["alice"])
+
+    async def scenario() -> None:
+        link = ZmqLink(hub.address, b"alice", keys=keys.of_rollout_server(str(tmp_path / "others"), "alice"))
+        await link.send(Failed(lease=7, reason="knock"))
+        assert "its keys do not fit (this end has keys" in await hint_of(link)
+        link.close()
+
+    asyncio.run(scenario())
+    assert hub.receive(0.1) is None
+
+
+def test_a_tunnel_that_accepts_for_a_trainer_that_is_away_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async def scenario() -> None:
+        tunnel = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+        port = tunnel.sockets[0].getsockname()[1]
+        link = ZmqLink(f"tcp://127.0.0.1:{port}", b"alice")
+        await link.send(Failed(lease=7, reason="knock"))
+        assert "away behind a tunnel" in await hint_of(link)
+        tunnel.close()
+        await tunnel.wait_closed()
+        trainer = ZmqHub(f"tcp://127.0.0.1:{port}")
+        item = await asyncio.to_thread(trainer.receive, SOON_S)
+        assert item is not None
+        assert item[1].lease == 7
+        assert trainer.send(b"alice", Pulse(policy_version=1))
+        assert isinstance(await link.receive(), Pulse)
+        async with asyncio.timeout(SOON_S):
+            while link.hint:
+                await asyncio.sleep(0.02)
+        link.close()
+        trainer.close()
+
+    asyncio.run(scenario())
+    assert caplog.text.count("trying on") == 1
 
 
 def test_a_key_that_is_added_or_taken_away_counts_without_a_restart(directory: Path, hub: ZmqHub) -> None:

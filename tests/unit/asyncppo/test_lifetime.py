@@ -120,7 +120,7 @@ time.sleep(float(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_a_flag_and_the_process_ends_in_its_own_time(
     started: list[Started], number: signal.Signals
 ) -> None:
@@ -139,6 +139,23 @@ def test_a_second_signal_ends_the_process_at_once(started: list[Started]) -> Non
     time.sleep(SAME_REQUEST_S)
     process.send_signal(signal.SIGTERM)
     assert process.wait(LONG) == -signal.SIGTERM
+
+
+def test_a_closed_terminal_may_say_so_twice_and_one_that_is_ignored_stays_so(started: list[Started]) -> None:
+    process = start(started, STOPPABLE, 2 * SAME_REQUEST_S)
+    line_of(process)
+    process.send_signal(signal.SIGHUP)
+    assert line_of(process) == "True"
+    time.sleep(1.2 * SAME_REQUEST_S)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(LONG) == 0
+    ignores = start(started, "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + STOPPABLE, 0)  # nohup
+    line_of(ignores)
+    ignores.send_signal(signal.SIGHUP)
+    time.sleep(0.1)
+    ignores.send_signal(signal.SIGTERM)
+    assert line_of(ignores) == "True"
+    assert ignores.wait(LONG) == 0
 
 
 def test_signals_that_come_together_are_one_request(started: list[Started]) -> None:

@@ -71,7 +71,7 @@ EXAMPLES: list[Message] = [
     a_group(step_rewards=STRANGE),
     Failed(lease=7, reason="the engine is down: ünïcode"),
     a_status(3, tokens=10**12),
-    Swapped(policy_version=4, verify_s=0.5, pause_s=0.25, load_s=0.125, resume_s=0.0),
+    Swapped(policy_version=4, manifest="c0ffee", verify_s=0.5, pause_s=0.25, load_s=0.125, resume_s=0.0),
     SwapFailed(policy_version=4, reason="no manifest"),
     Goodbye(reason="SIGTERM"),
     Welcome(run="demo", heartbeat_s=2.0, trainer="t1"),

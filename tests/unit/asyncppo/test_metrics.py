@@ -3,9 +3,11 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from asyncppo import metrics
 from asyncppo.errors import JournalError
 from asyncppo.metrics import EVENTS_FILE, LEDGER_FILE, METRICS_FILE, STEP_METRICS, Journal, read
 from tests import run_maker
@@ -125,16 +127,56 @@ def test_every_metric_of_a_step_is_documented_and_the_synthetic_run_has_them_all
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("kind", ["step", "event", "ledger"])
-def test_a_line_that_the_disk_does_not_take_is_an_error_that_says_what_to_do(tmp_path: Path, kind: str) -> None:
-    name = {"step": METRICS_FILE, "event": EVENTS_FILE, "ledger": LEDGER_FILE}[kind]
+@pytest.mark.parametrize("kind", ["step", "ledger"])
+def test_a_line_that_the_disk_does_not_take_is_an_error_that_says_what_to_do(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_PATIENCE_S", 0.2)
+    name = {"step": METRICS_FILE, "ledger": LEDGER_FILE}[kind]
     (tmp_path / name).symlink_to("/dev/full")
     journal = Journal(tmp_path)
     write = {
         "step": lambda: journal.step({"step": 1}),
-        "event": lambda: journal.event("start"),
         "ledger": lambda: journal.ledger(version=0, groups=[]),
     }[kind]
     with pytest.raises(JournalError, match=rf"{name}: a line cannot be written: .*No space.*start the same command"):
         write()
     journal.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_event_that_the_disk_does_not_take_is_counted_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / EVENTS_FILE).symlink_to("/dev/full")
+    journal = Journal(tmp_path)
+    for _ in range(3):
+        journal.event("start")
+    journal.close()
+    assert journal.lost_events == 3
+    assert caplog.text.count("is lost") == 1
+
+
+def test_a_line_that_is_written_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path)
+
+    class Reluctant:
+        """Takes three bytes at a time, and fails in between, as a disk that is full for a moment."""
+
+        def __init__(self, file: Any) -> None:
+            self._file, self._turn = file, 0
+
+        def write(self, data: Any) -> int:
+            self._turn += 1
+            if self._turn % 4 == 0:
+                raise OSError("no space left on device")
+            return int(self._file.write(data[:3]))
+
+    real = journal._files[METRICS_FILE]
+    monkeypatch.setitem(journal._files, METRICS_FILE, Reluctant(real))
+    monkeypatch.setattr(metrics.time, "sleep", lambda seconds: None)
+    journal.step({"step": 1})
+    journal.step({"step": 2})
+    monkeypatch.setitem(journal._files, METRICS_FILE, real)
+    journal.close()
+    assert [row["step"] for row in read(tmp_path / METRICS_FILE)] == [1, 2]

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncppo import chains_task
+from asyncppo import chains_task, rewards
 from asyncppo.chains_task import process_reward
 from asyncppo.config import RewardConfig
 from asyncppo.errors import UserError
@@ -104,6 +104,26 @@ def test_the_last_balanced_box_counts(text: str, boxed: str | None) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_math_verify_compares_as_mathematics_and_only_what_is_boxed(text: str, answer: str, reward: float) -> None:
     assert math_verify(text, answer) == reward
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")
+def test_want_of_memory_inside_math_verify_is_an_error_and_any_other_failure_a_wrong_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parse, gold = rewards._parse, rewards._parse("6")
+    monkeypatch.setattr(rewards, "_parse", lambda latex: gold if latex == "6" else parse(latex))
+    for place in ("math_verify.parser.extract_target_from_pred", "math_verify.grader.sympy_expr_eq"):
+        for error in (MemoryError, RecursionError):
+
+            def fails(*_: object, error: type[Exception] = error, **__: object) -> None:
+                raise error
+
+            text = f"\\boxed{{{len(place)}{len(error.__name__)}.0}}"  # no other test's: answers are remembered
+            with monkeypatch.context() as patch:
+                patch.setattr(place, fails)
+                expected = Grade(0.0, error=error is MemoryError)
+                assert grade(lambda *given: Reward(math_verify(*given)), text, "6") == expected, place
 
 
 @pytest.mark.unit

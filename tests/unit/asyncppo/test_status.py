@@ -80,12 +80,14 @@ def test_it_says_who_does_what_and_waits_for_what_and_how_long(
     [
         ({}, "running", 0),
         ({"pid": 1 << 22}, "dead", 1),  # above the largest pid
-        ({"created": 1.0}, "dead", 1),  # the pid is another process's now
+        ({"created": 1.0, "written": 1.0}, "dead", 1),  # the pid is another process's now
+        ({"created": 1.0}, "running", 0),  # the clock was set: the file is fresh
         ({"state": "ended"}, "ended", 0),
         ({"state": "failed", "why": "ValueError: no"}, "failed", 1),
         ({"state": "stalled", "why": "waits for ever"}, "stalled", 1),
         ({"written": 1.0}, "silent", 1),
-        ({"written": 1.0, "unwritten": 4}, "running", 0),  # the disk was full: the process says so itself
+        ({"written": 1.0, "unwritten": 4}, "silent", 1),  # the disk was full once: that excuses no silence now
+        ({"unwritten": 4}, "running", 0),
         ({"waits": waits_for("a batch", 61.0, 60.0)}, "stalled", 1),
         ({"waits": waits_for("a batch", 59.0, 60.0)}, "running", 0),
         ({"host": "elsewhere", "pid": 1 << 22}, "running", 0),
@@ -127,6 +129,11 @@ def test_a_rollout_server_that_died_counts_while_the_run_goes_on_and_is_forgotte
     write(tmp_path, "supervisor")
     write(tmp_path, "rollout a", pid=1 << 22, written=time.time() - 100_000)
     assert [each.status.role for each in processes_in(tmp_path)] == ["supervisor"]
+    for state in ("failed", "stalled"):
+        write(tmp_path, "rollout a", state=state)
+        assert asked(tmp_path, monkeypatch, "--json") == 1
+        write(tmp_path, "rollout a", state=state, written=time.time() - 100_000)
+        assert asked(tmp_path, monkeypatch, "--json") == 0
 
 
 def test_json_has_everything(

@@ -117,6 +117,58 @@ def test_time_in_which_the_whole_process_stood_still_counts_towards_nothing(
         assert scene.left == [1]
 
 
+def test_a_watchdog_that_its_own_slow_disk_holds_up_excuses_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: object) -> None:
+        scene.now += 20
+
+    monkeypatch.setattr(scene.dog, "_write", slow)
+    with scene.registry.phase("update"):
+        scene.pass_(3)
+    assert scene.left == [1]
+
+
+def test_a_stall_ends_the_process_even_if_its_report_hangs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[bool] = []
+    monkeypatch.setattr("asyncppo.waits._REPORT_S", 0.01)
+
+    def hangs(_: str) -> None:
+        deadline = time.monotonic() + 10
+        while not scene.left and time.monotonic() < deadline:
+            time.sleep(0.01)
+        reported.append(bool(scene.left))
+
+    monkeypatch.setattr(scene.dog, "_report", hangs)
+    with scene.registry.phase("update"):
+        scene.pass_(STALL_S + 1)
+    assert reported == [True]
+
+
+def test_a_process_ends_only_its_own_files_and_not_those_of_another_of_its_role(tmp_path: Path) -> None:
+    path = status_path(tmp_path, "learner")
+    stacks = path.with_suffix(".stacks")
+    with Watchdog("learner", tmp_path, STALL_S, Registry()) as mine:
+        mine._ending.set()
+        mine._thread.join()
+        other = msgspec.structs.replace(msgspec.json.decode(path.read_bytes(), type=ProcessStatus), pid=1 << 22)
+        path.write_bytes(msgspec.json.encode(other))
+        stacks.unlink()
+        stacks.write_text("another's")
+    assert msgspec.json.decode(path.read_bytes(), type=ProcessStatus) == other
+    assert stacks.read_text() == "another's"
+
+
+def test_a_second_process_of_a_role_has_stacks_of_its_own(tmp_path: Path) -> None:
+    stacks = status_path(tmp_path, "learner").with_suffix(".stacks")
+    with Watchdog("learner", tmp_path, STALL_S, Registry()):
+        first = stacks.stat()
+        held = stacks.open("rb")
+        with Watchdog("learner", tmp_path, STALL_S, Registry()):
+            assert not os.path.samestat(first, stacks.stat())
+        held.close()
+
+
 def test_what_has_ended_is_no_stall_even_if_it_ended_by_an_error(scene: Scene) -> None:
     for block in (scene.registry.waiting("a batch", 10), scene.registry.phase("update")):
         with pytest.raises(ValueError, match="no"), block:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from asyncppo.config import SamplingConfig
 from asyncppo.errors import EngineError
 from asyncppo.messages import SwapFailed, Swapped, WeightsReady
 from asyncppo.weights import write_manifest
+from rollout_server import hot_swap
 from rollout_server.engine import UNLOADED, ScriptedEngine
 from rollout_server.hot_swap import HotSwap
 
@@ -59,10 +62,12 @@ def test_a_published_version_is_loaded_and_its_phases_are_timed(publish: Publish
         await engine.start()
         swap = HotSwap(engine)
         assert (engine.policy_version, swap.announced_version) == (UNLOADED, UNLOADED)
-        swap.announce(publish(3))
+        ready = publish(3)
+        swap.announce(ready)
         outcome = await swap.next()
         assert isinstance(outcome, Swapped)
         assert (outcome.policy_version, engine.policy_version, swap.announced_version) == (3, 3, 3)
+        assert outcome.manifest == ready.manifest
         assert min(outcome.verify_s, outcome.pause_s, outcome.load_s, outcome.resume_s) >= 0
         assert outcome.verify_s > 0
 
@@ -248,6 +253,101 @@ def test_a_version_that_met_a_dead_engine_is_loaded_after_the_restart(publish: P
         assert isinstance(await swap.next(), SwapFailed)
         await engine.restart()
         swap.engine_restarted()
+        assert isinstance(await swap.next(), Swapped)
+        assert engine.policy_version == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("occasion", ["announced again", "engine restarted"])
+def test_weights_that_could_not_be_verified_are_tried_again(publish: Publish, occasion: str) -> None:
+    async def scenario() -> None:
+        engine = scripted()
+        await engine.start()
+        swap = HotSwap(engine)
+        ready = publish(1)
+        weights = Path(ready.directory) / "model.safetensors"
+        weights.rename(weights.with_suffix(".later"))  # a shared directory that lags
+        swap.announce(ready)
+        assert isinstance(await swap.next(), SwapFailed)
+        weights.with_suffix(".later").rename(weights)
+        if occasion == "announced again":
+            swap.announce(msgspec.structs.replace(ready))
+        else:
+            await engine.restart()
+            swap.engine_restarted()
+        assert isinstance(await swap.next(), Swapped)
+        assert engine.policy_version == 1
+
+    run(scenario())
+
+
+def test_weights_announced_again_while_they_are_verified_are_not_verified_anew(
+    publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        verified: list[int] = []
+        verify = hot_swap.weights.verify
+
+        def slowly(directory: Path, version: int, manifest: str) -> None:
+            verified.append(version)
+            time.sleep(0.1)
+            verify(directory, version, manifest)
+
+        monkeypatch.setattr(hot_swap.weights, "verify", slowly)
+        engine = scripted()
+        await engine.start()
+        swap = HotSwap(engine)
+        ready = publish(1)
+        swap.announce(ready)
+        waiting = asyncio.create_task(swap.next())
+        await asyncio.sleep(0.03)
+        swap.announce(msgspec.structs.replace(ready))
+        assert isinstance(await waiting, Swapped)
+        assert verified == [1]
+
+    run(scenario())
+
+
+def test_weights_that_the_engine_refused_are_loaded_again_only_after_another_announcement(publish: Publish) -> None:
+    async def scenario() -> None:
+        loads: list[int] = []
+
+        def on_load(directory: Path, version: int) -> None:
+            loads.append(version)
+            refuse(1)(directory, version)
+
+        engine = scripted(on_load)
+        await engine.start()
+        swap = HotSwap(engine)
+        ready = publish(1)
+        for announced in (publish(0), ready, msgspec.structs.replace(ready)):
+            swap.announce(announced)
+            outcome = await swap.next()
+        assert isinstance(outcome, SwapFailed)
+        assert "could not load it before" in outcome.reason
+        assert loads == [0, 1]
+        for announced in (publish(2), ready):
+            swap.announce(announced)
+            await swap.next()
+        assert loads == [0, 1, 2, 1]
+
+    run(scenario())
+
+
+def test_weights_that_met_a_dead_engine_are_loaded_when_they_are_announced_again(publish: Publish) -> None:
+    async def scenario() -> None:
+        engine = scripted()
+        await engine.start()
+        swap = HotSwap(engine)
+        swap.announce(publish(0))
+        await swap.next()
+        engine.die()
+        ready = publish(1)
+        swap.announce(ready)
+        assert isinstance(await swap.next(), SwapFailed)
+        await engine.restart()
+        swap.announce(msgspec.structs.replace(ready))
         assert isinstance(await swap.next(), Swapped)
         assert engine.policy_version == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -38,7 +39,7 @@ from asyncppo.messages import (
     Welcome,
 )
 from asyncppo.rewards import Grade
-from asyncppo.transport.memory import MemoryHub
+from asyncppo.transport.memory import MemoryHub, MemoryLink
 from asyncppo.weights import write_manifest
 from rollout_server.engine import UNLOADED, ScriptedEngine
 from rollout_server.loop import RolloutServer
@@ -491,16 +492,20 @@ def test_a_refusal_ends_the_server_with_its_reason_and_without_an_engine(tmp_pat
     run(scenario())
 
 
-def test_a_server_without_a_trainer_gives_up_and_says_for_how_long_it_tried(tmp_path: Path) -> None:
+def test_a_server_without_a_trainer_gives_up_and_says_for_how_long_it_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
         world = World(tmp_path)
         world.config = world.make_config(connect_timeout_s=0.2)
+        monkeypatch.setattr(MemoryLink, "hint", "a hint of the link")
         world.start()
         with pytest.raises(
             UserError, match=r"no trainer answered within 0\.2 s \(rollout\.connect_timeout_s\)"
         ) as caught:
             await world.running
         assert "\n" not in str(caught.value)
+        assert str(caught.value).endswith("(--trainer)? a hint of the link")
         assert world.grader.closed
 
     run(scenario())
@@ -721,6 +726,36 @@ def test_what_is_finished_while_the_trainer_is_away_waits_on_disk_and_is_offered
             assert spill_files(tmp_path) == []
 
     run(scenario())
+
+
+def test_a_spill_disk_that_hangs_does_not_silence_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs, mended = threading.Event(), threading.Event()
+
+    def write(lease: int, group: Group) -> bool:
+        hangs.set()
+        return not mended.wait(10)
+
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=0.01)
+        async with world.serving() as server:
+            ready = await world.welcome()
+            monkeypatch.setattr(server._outbox, "_write", write)
+            world.send(a_lease(1), Unknown())
+            await world.expect(Hello)
+            while not hangs.is_set():
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(2 * HEARTBEAT_S)
+            world.send(welcome("t2"), ready)
+            await world.expect(Group, lease=1)
+            for _ in range(3):
+                await world.expect(Status)
+            assert not mended.is_set()
+            mended.set()
+
+    try:
+        run(scenario())
+    finally:
+        mended.set()
 
 
 def test_a_new_process_of_the_same_name_offers_what_the_old_one_left(tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ pytestmark = pytest.mark.unit
 ONE = size_of(a_group())
 
 
+def nobody_is_there() -> bool:
+    return False
+
+
 def an_outbox(directory: Path, groups: int = 100, window: int = 100) -> Outbox:
     return Outbox(directory / "spill", groups * ONE, window)
 
@@ -25,7 +29,7 @@ def spilled(directory: Path, *leases: int, groups: int = 100) -> Outbox:
     outbox = an_outbox(directory, groups)
     for lease in leases:
         outbox.add(a_group(lease))
-    asyncio.run(outbox.spill())
+    asyncio.run(outbox.spill(nobody_is_there))
     return outbox
 
 
@@ -90,7 +94,7 @@ def test_it_is_full_at_its_limit_and_no_more_than_that_goes_to_disk(tmp_path: Pa
     outbox.add(a_group(3))
     outbox.add(a_group(4))
     assert outbox.full
-    asyncio.run(outbox.spill())
+    asyncio.run(outbox.spill(nobody_is_there))
     assert files(tmp_path) == ["1.group", "2.group", "3.group"]
     assert sent(outbox) == [1, 2, 3, 4]  # the last from memory
     outbox.forget(1)
@@ -101,12 +105,12 @@ def test_it_is_full_at_its_limit_and_no_more_than_that_goes_to_disk(tmp_path: Pa
 def test_a_disk_that_fails_costs_memory_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "spill").write_text("a file where the directory should be")
     outbox = spilled(tmp_path, 1, 2)
-    asyncio.run(outbox.spill())
+    asyncio.run(outbox.spill(nobody_is_there))
     assert sent(outbox) == [1, 2]
     assert outbox.forget(1)
     assert caplog.text.count("groups stay in memory") == 1
     (tmp_path / "spill").unlink()
-    asyncio.run(outbox.spill())
+    asyncio.run(outbox.spill(nobody_is_there))
     assert files(tmp_path) == ["2.group"]
 
 
@@ -154,8 +158,16 @@ def test_an_ack_while_the_file_is_written_leaves_no_file(tmp_path: Path, monkeyp
         outbox.add(a_group(1))
         write = outbox._write
         monkeypatch.setattr(outbox, "_write", lambda lease, group: (outbox.forget(lease), write(lease, group))[1])
-        await outbox.spill()
+        await outbox.spill(nobody_is_there)
         assert len(outbox) == 0
 
     asyncio.run(scenario())
     assert files(tmp_path) == []
+
+
+def test_spilling_ends_between_two_groups_once_a_trainer_is_there(tmp_path: Path) -> None:
+    outbox = an_outbox(tmp_path)
+    for lease in (1, 2, 3):
+        outbox.add(a_group(lease))
+    asyncio.run(outbox.spill(lambda: outbox._kept[1].group is None))  # it comes while the first is written
+    assert files(tmp_path) == ["1.group"]

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,11 @@ def by_word(text, answer):
         os._exit(3)
     if text == "memory":
         return float(len([bytearray(1 << 24) for _ in range(200)]))
+    if text == "swallow":
+        try:
+            [bytearray(1 << 24) for _ in range(200)]
+        except MemoryError:
+            return 0.0
     if text == "pid":
         return 1 / os.getpid()
     if text == "raise":
@@ -147,11 +153,12 @@ def test_whatever_a_model_writes_is_graded_or_a_reward_error_in_time_and_the_nex
 
 
 @pytest.mark.real
-def test_a_response_that_wants_more_memory_than_is_allowed_is_alone_a_reward_error(functions: str) -> None:
+@pytest.mark.parametrize("text", ["memory", "swallow"])
+def test_a_response_that_wants_more_memory_than_is_allowed_is_alone_a_reward_error(functions: str, text: str) -> None:
     async def scenario() -> None:
         grader = Grader(RewardConfig(function=functions, memory_mb=1024))
         try:
-            before = await grader.grade(["pid", "memory", "yes"], "yes")
+            before = await grader.grade(["pid", text, "yes"], "yes")
             assert [(g.reward, g.error) for g in before[1:]] == [(0, True), (1, False)]
             (after,) = await grader.grade(["pid"], "yes")
             assert after.reward not in (0, before[0].reward)  # another process: the full one has ended
@@ -176,5 +183,44 @@ def test_workers_that_are_gone_are_replaced(functions: str, how: str) -> None:
                 assert await grader.grade(["yes"], "yes") == [Grade(1.0, False)]
         finally:
             grader.close()
+
+    asyncio.run(scenario())
+
+
+class Pool:
+    """One that answers at once, or never."""
+
+    def __init__(self, answers: bool) -> None:
+        self.answers, self.stopped = answers, False
+
+    def schedule(self, _: object, args: tuple[RewardConfig, list[str], str], timeout: float) -> Future[list[Grade]]:
+        if self.stopped:
+            raise RuntimeError("The Pool is not active")
+        job: Future[list[Grade]] = Future()
+        if self.answers:
+            job.set_result([Grade(1.0, False) for _ in args[1]])
+        return job
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def join(self, timeout: float) -> None:
+        pass
+
+
+@pytest.mark.unit
+def test_jobs_of_workers_that_are_replaced_have_the_new_ones_at_once(
+    functions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = iter([Pool(answers=False), Pool(answers=True)])
+    monkeypatch.setattr(Grader, "_new_pool", lambda _: next(pools))
+
+    async def scenario() -> None:
+        grader = Grader(RewardConfig(function=functions))
+        waiting = [asyncio.create_task(grader.grade(["a"], "a")) for _ in range(3)]
+        await asyncio.sleep(0)
+        grader._pool.stop()
+        async with asyncio.timeout(10):
+            assert await asyncio.gather(grader.grade(["a"], "a"), *waiting) == [[Grade(1.0, False)]] * 4
 
     asyncio.run(scenario())

@@ -25,6 +25,7 @@ from asyncppo.config import Config, load
 from asyncppo.errors import CheckpointError, ResumeError, StallError
 from asyncppo.metrics import EVENTS_FILE, Journal, read
 from tests.model_maker import a_batch, a_config
+from trainer import checkpoint as module
 from trainer.checkpoint import Checkpoints, GuardState, TrainerState, choose
 from trainer.guard import Brake, SkippedSteps
 from trainer.model.states import Fragment, Progress, write
@@ -578,3 +579,51 @@ def test_running_errors_of_the_critics_come_back_to_the_last_bit(tmp_path: Path)
     assert found
     assert len(builder.errors) == 2
     assert TargetBuilder(config, found[1].critic_errors).errors == builder.errors
+
+
+# --- whatever goes wrong beside training -----------------------------------------------------------------------------
+
+
+def test_any_error_of_the_writer_is_a_save_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = a_config(tmp_path)
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoints, "flush_to_disk", no_memory)
+    with pytest.raises(CheckpointError, match="MemoryError"):
+        save(config, 1)
+    assert names(config) == []
+
+
+def test_an_old_checkpoint_that_cannot_be_read_stops_no_later_save_and_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = a_config(tmp_path, "run.keep_checkpoints=1")
+    old = save(config, 1)
+    real = checkpoints.problems
+
+    def away(path: Path, **arguments: bool) -> list[str]:
+        if path == old:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, **arguments)
+
+    monkeypatch.setattr(checkpoints, "problems", away)
+    save(config, 2)
+    save(config, 3)
+    assert names(config) == ["step_00000001", "step_00000003"]
+
+
+def test_a_disk_that_hangs_keeps_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = a_config(tmp_path)
+    hangs = threading.Event()
+    monkeypatch.setattr(checkpoints, "flush_to_disk", lambda directory: hangs.wait(30))
+    monkeypatch.setattr(module, "_LAST_S", 0.1)
+    saves = Checkpoints(config)
+    saves.begin(a_state(config, 1), writer(1), first_rank=True)
+    (thread,) = [each for each in threading.enumerate() if each.name == "checkpoint writer"]
+    assert thread.daemon
+    saves.close()  # returns although the writer has not
+    assert thread.is_alive()
+    hangs.set()
+    thread.join(10)

@@ -285,6 +285,30 @@ def test_a_critic_says_that_it_is_there_until_it_is_asked_something(
     ensemble.end()
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_learner_that_comes_new_to_a_used_critic_hears_of_it_and_lets_it_begin_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: bool
+) -> None:
+    monkeypatch.setattr("trainer.model.critic._READY_S", 0.05)
+    config = config_of(tmp_path, *(["critic.warmup_batches=3"] if warm else []))
+    ensemble = Ensemble(config, None)
+    ensemble.view.wait_until_ready()
+    fresh = [weights_of(critic.network) for critic in ensemble.critics]
+    for step in range(2):
+        ensemble.view.learn(a_batch(version=step), a_reward(step), step)
+        ensemble.view.values()
+    assert min(map(largest_difference, [weights_of(c.network) for c in ensemble.critics], fresh)) > 0
+    lines = [line.channel for line in ensemble.view._lines]
+    for channel in lines:  # kill -9: what was on its way to that learner is lost with it
+        while channel.receive(0) is not None:
+            pass
+    ensemble.view = Critics(config, lines, come_back=True)
+    ensemble.view.wait_until_ready()
+    assert max(map(largest_difference, [weights_of(c.network) for c in ensemble.critics], fresh)) == 0
+    assert all(critic._warming == warm for critic in ensemble.critics)
+    ensemble.end()
+
+
 def test_two_processes_of_one_critic_have_two_sessions(tmp_path: Path) -> None:
     sessions = set()
     for _ in range(2):

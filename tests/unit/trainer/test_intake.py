@@ -48,7 +48,8 @@ from tests.stream_maker import (
     some_prompts,
     weights_of,
 )
-from trainer.stream import dynamic_sampling
+from trainer.stream import dynamic_sampling, pool
+from trainer.stream import intake as intake_module
 from trainer.stream.buffer import BufferedGroup
 from trainer.stream.intake import Counts, Identity, Intake
 from trainer.stream.ledger import LedgerState
@@ -228,8 +229,10 @@ def build(tmp_path: Path) -> Iterator[Build]:
         house.close()
 
 
-def swapped(version: int) -> Swapped:
-    return Swapped(policy_version=version, verify_s=0.5, pause_s=0.25, load_s=0.125, resume_s=0.0625)
+def swapped(version: int, manifest: str | None = None) -> Swapped:
+    """To what `weights_of` announces, unless another manifest is said."""
+    manifest = weights_of(version).manifest if manifest is None else manifest
+    return Swapped(policy_version=version, manifest=manifest, verify_s=0.5, pause_s=0.25, load_s=0.125, resume_s=0.0625)
 
 
 def names(leases: list[Lease]) -> list[str]:
@@ -368,7 +371,8 @@ def test_the_least_busy_server_is_served_first(build: Build) -> None:
 
 def test_a_server_that_lags_too_far_behind_gets_nothing_until_it_swaps(build: Build) -> None:
     house = build(max_staleness=1)
-    house.announce(2)
+    for version in range(3):
+        house.announce(version)
     alice = house.server().join(version=0)
     assert [type(message) for message in alice.hear_all()] == [WeightsReady]
     alice.say(swapped(1))
@@ -1093,6 +1097,7 @@ def test_a_group_without_any_graded_response_is_leased_again_and_after_five_time
 
 def test_held_out_problems_go_to_servers_of_that_version_and_never_enter_the_counts(build: Build) -> None:
     house = build(batch=1, max_staleness=1, eval={"samples": 3})
+    house.announce(0)
     house.announce(1)
     old, new = house.server("old", capacity=2).join(version=0), house.server("new", capacity=2).join(version=1)
     (trained,) = old.leases(1)
@@ -1168,6 +1173,7 @@ def test_a_server_cannot_answer_or_fail_anothers_held_out_problem(build: Build) 
 
 def test_an_evaluation_waits_for_a_server_of_its_version_and_says_so_when_none_comes(build: Build) -> None:
     house = build(stream={"batch_timeout_s": 0.3})
+    house.announce(0)
     house.announce(1)
     house.server().join(version=0)
     with pytest.raises(StallError, match=r"answers to 2 held-out problems, 0 came; .*versions \[0\], wanted 1"):
@@ -1251,12 +1257,101 @@ def test_counts_that_do_not_add_up_end_the_run(build: Build) -> None:
         house.take(0)
 
 
+def test_a_server_whose_swap_failed_is_told_of_the_weights_again_until_it_serves_them(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_RETRY_S", 0.1)
+    monkeypatch.setattr(pool, "_LONGEST_RETRY_S", 0.2)
+    house = build(stream={"heartbeat_s": 0.3})
+    house.announce(0)
+    alice = house.server()
+    alice.say(alice.hello)
+    alice.hear(WeightsReady)
+    for _ in range(2):  # the second one even if what the server says to the first is lost
+        alice.say(SwapFailed(policy_version=0, reason="a file is missing from version 0"))
+        assert alice.hear(WeightsReady).policy_version == 0
+    alice.hear(WeightsReady)
+    alice.say(swapped(0))
+    alice.leases(4)
+    alice.hear_all(0.0)
+    assert [message for message in alice.hear_all(0.5) if isinstance(message, WeightsReady)] == []
+
+
+def test_another_trainers_version_of_the_same_number_is_not_taken_for_this_ones(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server()
+    alice.say(alice.hello)
+    alice.hear(WeightsReady)
+    alice.say(swapped(0, manifest="that of a version 0 that was rolled back"))
+    assert alice.hear(WeightsReady).manifest == "checksum-0"
+    assert not any(isinstance(message, Lease) for message in alice.hear_all())
+    assert house.counts().swaps == 0
+    alice.say(swapped(0))
+    alice.leases(4)
+
+
+class Clock:
+    """The intake's clock, which can be moved on as it is while a process is stopped."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+
+@pytest.mark.parametrize("first", ["the thread", "the learner"])
+def test_a_stop_of_this_process_ends_no_wait_and_no_lease(
+    build: Build, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(intake_module, "time", clock)
+    house = build(stream={"batch_timeout_s": 60.0, "lease_timeout_s": 60.0, "set_aside_s": 60.0})
+    house.announce(0)
+    alice = house.server().join()
+    leases = alice.leases(4)
+    batch = house.taking(0)
+    breaker = house.intake._pool.get(b"alice/1").breaker  # type: ignore[union-attr]
+    breaker.until = until = clock.monotonic() + 60.0
+    time.sleep(QUIET)
+    if first == "the learner":
+        receive = house.hub.receive
+        monkeypatch.setattr(house.hub, "receive", lambda wait_s: (time.sleep(0.8), receive(wait_s))[1])
+    clock.ahead_s = 1000.0
+    time.sleep(1.8 if first == "the learner" else 0.8)
+    assert not batch.done()
+    assert breaker.until == pytest.approx(until + 1000.0, abs=5)
+    assert not any(isinstance(message, Cancel) for message in alice.hear_all())
+    alice.answer(*leases[:2])
+    assert [held.prompt.prompt_id for held in batch.result(LONG)] == ["p0", "p1"]
+    assert house.counts().dropped == {}
+
+
+def test_held_out_problems_outlive_a_stop_of_this_process(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(intake_module, "time", clock)
+    house = build(steps=1, stream={"batch_timeout_s": 60.0, "lease_timeout_s": 60.0})
+    house.announce(0)
+    answers = house.evaluating(1, 0)
+    alice = house.server(capacity=1).join()
+    (lease,) = alice.leases(1)
+    assert lease.purpose == "eval"
+    clock.ahead_s = 1000.0
+    time.sleep(0.8)
+    assert not answers.done()
+    assert not any(isinstance(message, Cancel) for message in alice.hear_all())
+    alice.answer(lease)
+    assert len(answers.result(LONG)) == 1
+
+
 # --- what is reported ------------------------------------------------------------------------------------------------
 
 
 def test_the_oldest_served_version_is_that_of_the_slowest_server(build: Build) -> None:
     house = build()
     assert house.intake.oldest_served_version() is None
+    house.announce(2)
     house.announce(3)
     house.server("alice").join(version=3)
     house.server("bob").join(version=2)
@@ -1265,7 +1360,18 @@ def test_the_oldest_served_version_is_that_of_the_slowest_server(build: Build) -
     carol = house.server("carol")
     carol.say(carol.hello)
     house.waits_for(lambda counts: counts.servers == 3)
-    assert house.intake.oldest_served_version() == -1  # it may be loading any of them
+    assert house.intake.oldest_served_version() == 2  # it loads version 3 or a later one
+
+
+def test_a_server_that_never_swaps_keeps_only_what_was_announced_since_its_hello(build: Build) -> None:
+    house = build()
+    for version in range(6):
+        house.announce(version)
+    carol = house.server("carol")
+    carol.say(carol.hello)
+    house.waits_for(lambda counts: counts.servers == 1)
+    house.announce(6)
+    assert house.intake.oldest_served_version() == 5
 
 
 def test_tokens_and_idle_time_are_those_of_all_servers_that_ever_were_each_once(build: Build) -> None:

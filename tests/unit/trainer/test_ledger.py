@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from asyncppo.errors import ConservationError, ResumeError
 from tests.stream_maker import some_prompts
 from trainer.stream.ledger import NO_SIGNAL, NOT_COMPLETED, BufferedState, Ledger, LedgerState
+from trainer.stream.prompts import Prompts
 
 pytestmark = pytest.mark.unit
 
@@ -216,7 +219,7 @@ def test_a_state_names_what_is_not_consumed_and_has_nothing_in_flight() -> None:
         dropped={"failed": 1},
         used=1,
         buffered=[BufferedState(position=3, epoch=0, prompt_id="p3", oldest_version=0, uses=0)],
-        prompts=5,
+        dataset=some_prompts(5).digest,
     )
 
 
@@ -268,11 +271,28 @@ def test_how_often_a_prompt_failed_outlives_a_resume_until_it_is_given_up() -> N
 
 def test_another_dataset_is_refused_at_a_resume() -> None:
     ledger = a_ledger_in_the_middle()
-    with pytest.raises(ResumeError, match="made with a dataset of 5 prompts, this one has 6"):
-        restored(ledger, prompts=6)
-    other = Ledger(some_prompts(5, seed=1, shuffle=True), BOUND)
-    with pytest.raises(ResumeError, match=r"a group of prompt 'p3' of epoch 0; the dataset has in its place 'p\d'"):
-        other.restore(ledger.state())
+    one = some_prompts(5)
+    others = [some_prompts(6), some_prompts(5, seed=1, shuffle=True)]
+    for change in ({"answer": "other"}, {"prompt_ids": np.array([9], np.int32)}, {"prompt_id": "other"}):
+        changed = [prompt for _, prompt in itertools.islice(one.after(0), 5)]
+        changed[2] = msgspec.structs.replace(changed[2], **change)
+        others.append(Prompts(changed, 0, shuffle=False))
+    for other in others:
+        with pytest.raises(ResumeError, match="made with other prompts, answers, or another order"):
+            Ledger(other, BOUND).restore(ledger.state())
+
+
+def test_groups_that_were_drawn_by_other_settings_are_made_anew_and_further_uses_lapse() -> None:
+    ledger = a_ledger(utd=2)
+    for _ in range(3):
+        ledger.receive(lease(ledger), 0)
+    ledger.use(next(iter(ledger.records)))
+    fresh = a_ledger(utd=2)
+    assert fresh.restore(ledger.state(), keep_groups=False) == []
+    fresh.check()
+    assert (fresh.consumed, fresh.lapsed, fresh.buffered, fresh.admitted) == (1, 1, 0, 1)
+    assert [fresh.lease(b"a", 0, now=0.0).position for _ in range(3)] == [1, 2, 3]
+    assert fresh.history == {}
 
 
 # --- groups of leases from before ------------------------------------------------------------------------------------

@@ -138,12 +138,17 @@ class Server:
             return None
         if self.content == int(self.announced.manifest):  # it has it, and was not heard
             self.announced = None
-            return Swapped(policy_version=self.version, verify_s=0, pause_s=0, load_s=0, resume_s=0)
+            return self._swapped()
         self.version, self.content = self.announced.policy_version, int(self.announced.manifest)
         for _, spans in self.works_on.values():
             spans.append((self.version, self.content))
         self.announced = None
-        return Swapped(policy_version=self.version, verify_s=0, pause_s=0, load_s=0, resume_s=0)
+        return self._swapped()
+
+    def _swapped(self) -> Swapped:
+        return Swapped(
+            policy_version=self.version, manifest=str(self.content), verify_s=0, pause_s=0, load_s=0, resume_s=0
+        )
 
     def finish(self, lease: int) -> Group:
         asked, spans = self.works_on.pop(lease)
