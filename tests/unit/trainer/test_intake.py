@@ -966,6 +966,22 @@ def test_a_replaying_run_admits_what_it_needs_and_a_resume_leases_nothing_again_
     assert state.ledger.unconsumed == []
 
 
+def test_buffered_groups_of_other_sampling_settings_are_made_anew_at_a_resume(build: Build) -> None:
+    house = build(batch=2, max_staleness=1, prompts=50)
+    house.announce(0)
+    alice = house.server().join()
+    alice.answer(*alice.leases(1))
+    house.waits_for(lambda counts: counts.buffered == 1)
+    state = house.intake.state()
+    house.close()
+    assert len(state.held) == 1
+    other = StreamState(msgspec.structs.replace(state.ledger, agreement="other"), state.held)
+    for kept, buffered in ((state, 1), (other, 0)):
+        house = build(kept, batch=2, max_staleness=1, prompts=50)
+        assert house.counts().buffered == buffered
+        house.close()
+
+
 # --- the warm start --------------------------------------------------------------------------------------------------
 
 
@@ -1318,6 +1334,7 @@ def test_a_stop_of_this_process_ends_no_wait_and_no_lease(
     if first == "the learner":
         receive = house.hub.receive
         monkeypatch.setattr(house.hub, "receive", lambda wait_s: (time.sleep(0.8), receive(wait_s))[1])
+        time.sleep(QUIET)  # the thread sleeps now, longer than the learner waits
     clock.ahead_s = 1000.0
     time.sleep(1.8 if first == "the learner" else 0.8)
     assert not batch.done()

@@ -16,6 +16,7 @@ from asyncppo.metrics import EVENTS_FILE, METRICS_FILE, read
 from asyncppo.plain import is_finished, plain_config
 from tests.model_maker import a_config, a_world
 from trainer import plain, preflight
+from trainer.feed import Feed
 from trainer.model.policy import Policy
 from trainer.plain import MemoryPublisher, SampledIntake, Sampler, draw, plain_run
 from trainer.stream.batch import pack
@@ -251,3 +252,22 @@ def test_a_finished_run_is_not_done_again_and_any_other_is(tmp_path: Path) -> No
     before = events.stat().st_mtime_ns
     assert plain._one_run(config, 0)
     assert events.stat().st_mtime_ns == before
+
+
+def test_a_run_that_is_done_is_saved_and_exported_before_an_evaluation_that_waits_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = a_run(tmp_path, "a", 1)
+    wanted: list[int] = []
+
+    def evaluate(self: Feed, version: int) -> dict[str, float]:
+        wanted.append(version)
+        if version == config.run.steps:
+            raise StallError("nobody answers")
+        return {}
+
+    monkeypatch.setattr(Feed, "evaluate", evaluate)
+    with pytest.raises(StallError):
+        plain_run(config)
+    assert wanted[-1] == config.run.steps
+    assert (config.run_directory / "actor/config.json").is_file()
