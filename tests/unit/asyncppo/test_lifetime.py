@@ -109,8 +109,10 @@ def test_a_child_of_process_1_lives() -> None:
 # --- stop_flag -------------------------------------------------------------------------------------------------------
 
 STOPPABLE = """
-import sys, time
+import signal, sys, time
 from asyncppo.lifetime import stop_flag
+if sys.argv[-1] != "ignores SIGHUP":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 should_stop = stop_flag()
 print(should_stop(), flush=True)
 while not should_stop():
@@ -149,7 +151,9 @@ def test_a_closed_terminal_may_say_so_twice_and_one_that_is_ignored_stays_so(sta
     time.sleep(1.2 * SAME_REQUEST_S)
     process.send_signal(signal.SIGHUP)
     assert process.wait(LONG) == 0
-    ignores = start(started, "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + STOPPABLE, 0)  # nohup
+    ignores = start(
+        started, "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + STOPPABLE, 0, "ignores SIGHUP"
+    )
     line_of(ignores)
     ignores.send_signal(signal.SIGHUP)
     time.sleep(0.1)
