@@ -14,8 +14,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,20 +200,24 @@ def listing(run_directory: Path) -> list[Listed]:
 def flush_to_disk(directory: Path) -> None:
     """fsync of every file and directory below, and of `directory`; what is read next comes from the disk."""
     for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
+        with _flushed(path) as descriptor:
             if path.is_file():
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
 
 def flush_names(directory: Path) -> None:
     """fsync of one directory: its entries, after a rename."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    with _flushed(directory):
+        pass
+
+
+@contextlib.contextmanager
+def _flushed(path: Path) -> Iterator[int]:
+    """The descriptor of a file or directory that is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -595,7 +595,6 @@ class RolloutFuzz:
         self._mutator = Mutator(seed)
         self._left = messages
         self._proofs: deque[Message] = deque()
-        self._answered = asyncio.Event()
         self._lease = 1 << 40
         (directory / "config.json").write_text("{}")
         (directory / "tokenizer.json").write_text("{}")

@@ -292,9 +292,9 @@ class Checkpoints:
         except Exception as error:  # whatever it is, a thread that ends without an outcome would pass for a success
             failure = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             shutil.rmtree(partial, ignore_errors=True)
-        else:
-            self._retain()
         self._outcomes.put((state.policy_version, size, time.monotonic() - started, failure))
+        if not failure:
+            self._retain()  # after the outcome, which is what it is whatever becomes of older ones
 
     def _commit(self, state: TrainerState, partial: Path) -> int:
         (partial / STATE).write_bytes(msgspec.json.format(msgspec.json.encode(state)))

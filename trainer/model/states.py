@@ -125,7 +125,6 @@ class SavedState:
             raise CheckpointError(f"{directory}: expected {_HEAD} in it; {why}") from None
         except msgspec.DecodeError as error:
             raise CheckpointError(f"{directory / _HEAD}: cannot be read: {error}") from None
-        self._files: list[Any] = []
         self._index: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
         self.shapes = {name: tuple(shape) for name, shape in self._head.shapes.items()}
         self._open()

@@ -627,3 +627,18 @@ def test_a_disk_that_hangs_keeps_no_process(tmp_path: Path, monkeypatch: pytest.
     assert thread.is_alive()
     hangs.set()
     thread.join(10)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_becomes_of_older_ones_a_checkpoint_that_is_whole_is_a_success(
+    tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = a_config(tmp_path)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("retention is broken")
+
+    monkeypatch.setattr(checkpoints, "kept", broken)
+    saves = Checkpoints(config, journal)
+    saves.save(a_state(config, 1), writer(1), first_rank=True)
+    assert len(events(config, "checkpoint_saved")) == 1
