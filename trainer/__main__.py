@@ -23,10 +23,6 @@ from asyncppo.waits import Watchdog, forget_statuses
 
 log = logging.getLogger("asyncppo.trainer")
 
-_ORPHAN_S = 60.0
-"""A critic whose supervisor has been gone for so long leaves, if the learner has not told it to; not before
-`guard.stall_s`, which a step that is still to be finished and saved may take."""
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
@@ -85,8 +81,9 @@ def _run(
             given = addresses or config.critic.addresses[index : index + 1]
             if not given:
                 raise ConfigError(f"critic {index} has no address: give --address, or critic.addresses in the config")
-            # The learner, which is told to stop when the supervisor is gone, still needs its critics in order to save.
-            alone = orphaned(supervisor, max(_ORPHAN_S, config.guard.stall_s)) if supervisor else lambda: False
+            # The learner, which is told to stop when the supervisor is gone, still needs its critics in order to finish
+            # its step and to save, which may take `guard.stall_s`.
+            alone = orphaned(supervisor, config.guard.stall_s) if supervisor else lambda: False
             by_learner = critic(config, index, given[0], lambda: should_stop() or alone())
             if not by_learner and supervisor == os.getppid():
                 log.warning("told to end, and not by the learner")

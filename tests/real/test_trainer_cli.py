@@ -325,7 +325,11 @@ def test_a_killed_learner_ends_the_trainer_with_1_and_its_critics(run: Run) -> N
 CRITIC = """
 import sys
 import trainer.__main__ as program
-program._ORPHAN_S = float(sys.argv.pop(1))
+patience_s, orphaned = float(sys.argv.pop(1)), program.orphaned
+def impatient(parent, for_s):
+    assert for_s == 1800, for_s  # guard.stall_s
+    return orphaned(parent, patience_s)
+program.orphaned = impatient
 program.app(prog_name="critic")
 """
 
@@ -358,4 +362,4 @@ def test_a_critic_without_its_supervisor_waits_a_while_for_the_learner_and_then_
         assert "Traceback" not in said
     finally:
         orphan.kill()
-        orphan.wait()
+        orphan.communicate()
