@@ -23,6 +23,7 @@ import msgspec
 from msgspec import Meta
 
 from asyncppo.errors import ConfigError
+from asyncppo.ports import is_loopback
 
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
@@ -371,6 +372,9 @@ class RolloutConfig(Section, frozen=True, kw_only=True):
     """A generation request that takes longer fails, and its prompt is leased again."""
     swap_timeout_s: PositiveFloat = 300.0
     """Each phase of a weight swap must end within this time."""
+    self_test: bool = True
+    """At the start, swap weights in the middle of an answer and prove from the log-probs that no stale cache is left; an
+    engine that does not pass is swapped by aborting its requests and resubmitting what they have so far."""
     connect_timeout_s: PositiveFloat = 600.0
     """A rollout server looks this long for the trainer."""
     spill_mb: Positive = 1024
@@ -381,8 +385,25 @@ class RolloutConfig(Section, frozen=True, kw_only=True):
 class PublishConfig(Section, frozen=True, kw_only=True):
     """New weights, from the trainer to the rollout servers."""
 
+    transport: Literal["auto", "disk", "broadcast"] = "auto"
+    """How the bytes travel: as files in `publish.directory`, or from the trainer's process group into the engines. `auto`
+    is disk, unless servers of other hosts may connect (`stream.address`) and the directory is this host's memory."""
     directory: str = "/dev/shm"
     """Where versions are written: memory on one host, a shared directory on several."""
+    every: Positive = 1
+    """A version is published every so many steps, at most `stream.max_staleness` + 1: staleness counts steps as ever."""
+    swap: Literal["together", "rolling"] = "together"
+    """`rolling` lets a quarter of the servers swap at a time, so that the others generate meanwhile (disk only)."""
+    address: str | None = None
+    """Broadcast: the trainer's host name or address as the servers reach it. Default: the host of `stream.address`."""
+    bucket_mb: Positive = 512
+    """Broadcast: tensors are sent in buckets of this size; an engine holds one more in memory while it swaps."""
+    ready_timeout_s: PositiveFloat = 30.0
+    """Broadcast: it begins without the servers that are not prepared within this time of the first that is."""
+    probe: bool = True
+    """After every swap the engine answers a fixed prompt, and its log-probs are compared with the trainer's own."""
+    tolerance: PositiveFloat | None = None
+    """How far they may differ, on average, in nats. Default: 0.001 where both ends compute in float32, else 0.05."""
 
 
 _DECIDE_WARM_START = (
@@ -508,6 +529,18 @@ class Config(Section, frozen=True, kw_only=True):
         shared = msgspec.json.encode({"sampling": self.sampling, "reward": self.reward}, order="deterministic")
         return hashlib.sha256(shared).hexdigest()[:16]
 
+    @property
+    def publish_transport(self) -> tuple[Literal["disk", "broadcast"], str]:
+        """The transport of the weights, and why it is that one."""
+        publish = self.publish
+        if publish.transport != "auto":
+            return publish.transport, "publish.transport says so"
+        if is_loopback(self.stream.address):
+            return "disk", f"every server is on this host, as stream.address is {self.stream.address}"
+        if not Path(publish.directory).resolve().is_relative_to("/dev/shm"):
+            return "disk", f"publish.directory, {publish.directory}, is no host's memory: all hosts have to see it"
+        return "broadcast", f"servers of other hosts may connect to {self.stream.address}"
+
     def check(self) -> None:
         """Refuse combinations that no single type can refuse.
 
@@ -547,6 +580,16 @@ class Config(Section, frozen=True, kw_only=True):
             raise ConfigError(
                 f"algorithm.mask_signal is entropy, which the proximal pass computes, and algorithm.proximal is "
                 f"{self.algorithm.proximal}: set algorithm.proximal to recompute"
+            )
+        if self.publish.every > self.stream.max_staleness + 1:
+            raise ConfigError(
+                f"publish.every is {self.publish.every} and stream.max_staleness {self.stream.max_staleness}: between "
+                "two published versions nothing would be fresh enough; at most stream.max_staleness + 1"
+            )
+        if self.publish.swap == "rolling" and self.publish_transport[0] == "broadcast":
+            raise ConfigError(
+                f"publish.swap is rolling and the transport is broadcast ({self.publish_transport[1]}): a broadcast "
+                "reaches all servers at once; set publish.swap to together, or publish.transport to disk"
             )
         for key in ("mask_fraction", "entropy_filter"):
             points = getattr(self.algorithm, key)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from asyncppo.errors import MessageError
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised whenever a message changes; both ends must have the same."""
 
 MAX_HEADER_BYTES = 1 << 20
@@ -53,6 +53,10 @@ def brief(text: str) -> str:
 
 def _no_numbers() -> Float32:
     return np.empty(0, np.float32)
+
+
+def _no_tokens() -> Int32:
+    return np.empty(0, np.int32)
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True, eq=False):
@@ -90,6 +94,8 @@ class Hello(Message, frozen=True, kw_only=True):
     """`fingerprints.tokenizer_fingerprint` of the same."""
     engine: Text
     """What generates, for people: `sglang 0.5.23 (cpu)`."""
+    ranks: Annotated[int, Meta(ge=1, le=1 << 10)] = 1
+    """Ranks of it in a broadcast's process group: its tensor parallelism."""
 
 
 class Group(Message, frozen=True, kw_only=True):
@@ -185,19 +191,45 @@ class Status(Message, frozen=True, kw_only=True):
     """Seconds since its start in which it had nothing to generate: it waited for leases."""
     reward_errors: Count
     engine_restarts: Count
-    state: Literal["starting", "generating", "waiting for leases", "swapping", "engine down", "outbox full", "stopping"]
+    state: Literal[
+        "starting",
+        "generating",
+        "waiting for leases",
+        "swapping",
+        "quarantined",
+        "engine down",
+        "outbox full",
+        "stopping",
+    ]
+
+
+class Prepared(Message, frozen=True, kw_only=True):
+    """The server has all that it needs to load this version, and goes on generating until it is told to `Swap`."""
+
+    policy_version: Published
+    manifest: Text
+    """`WeightsReady.manifest`."""
+    prepare_s: Seconds
+    """Disk: every file read and its checksum compared, so that it is in the page cache."""
 
 
 class Swapped(Message, frozen=True, kw_only=True):
-    """The engine serves this version now; phase times in seconds."""
+    """The engine serves this version now, and has answered the probe as the trainer does; phase times in seconds."""
 
     policy_version: Published
     manifest: Text
     """`WeightsReady.manifest` of what was loaded: another trainer's version may have the same number."""
-    verify_s: Seconds
+    prepare_s: Seconds
+    wait_s: Seconds
+    """From Prepared to Swap."""
     pause_s: Seconds
     load_s: Seconds
     resume_s: Seconds
+    probe_s: Seconds
+    probe_gap: Annotated[float, Meta(ge=0)] | None = None
+    """Mean |difference| of the probe's log-probs, engine and trainer, nats; None where there was no probe."""
+    attempts: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
+    """How often it was loaded until the probe was right."""
 
 
 class SwapFailed(Message, frozen=True, kw_only=True):
@@ -205,6 +237,8 @@ class SwapFailed(Message, frozen=True, kw_only=True):
 
     policy_version: Published
     reason: Text
+    quarantined: bool = False
+    """The engine took the weights and answers the probe wrongly: it generates nothing until a version is right."""
 
 
 class Goodbye(Message, frozen=True, kw_only=True):
@@ -255,12 +289,52 @@ class Cancel(Message, frozen=True, kw_only=True):
     leases: list[int]
 
 
+class Bucket(msgspec.Struct, frozen=True, array_like=True):
+    """Tensors that are broadcast as one, their bytes one after the other."""
+
+    names: list[str]
+    """In the checkpoint's (Hugging Face's) naming."""
+    dtypes: list[str]
+    """Such as `bfloat16`."""
+    shapes: list[list[int]]
+
+
 class WeightsReady(Message, frozen=True, kw_only=True):
-    """A version is published whole, under `directory`, with a manifest whose own checksum this is."""
+    """A version is published: prepare for it, and say so (`Prepared`); `Swap` follows. Two phases, two transports."""
 
     policy_version: Published
-    directory: str
     manifest: str
+    """The checksum of the version's manifest: what identifies its content."""
+    directory: str = ""
+    """Transport `disk`: where the version lies whole, with its manifest. Empty: transport `broadcast`."""
+    buckets: list[Bucket] = []
+    """Transport `broadcast`: what will be sent, in this order."""
+    probe_ids: Int32 = msgspec.field(default_factory=_no_tokens)  # [P], or [0]: no probe
+    probe_logprobs: Float32 = msgspec.field(default_factory=_no_numbers)  # [P-1], of probe_ids[1:], temperature 1
+    tolerance: Annotated[float, Meta(ge=0)] = 0.0
+    """The probe's mean |difference| may be so much, nats."""
+
+
+class GroupMember(msgspec.Struct, frozen=True, kw_only=True):
+    """A server's place in the process group that a version is broadcast in; the trainer is rank 0."""
+
+    name: str
+    """Of the group; one that has joined a group of this name keeps using it."""
+    address: str
+    port: Annotated[int, Meta(ge=1, le=65535)]
+    rank: Annotated[int, Meta(ge=1, le=1 << 16)]
+    """Of its first engine rank."""
+    world_size: Annotated[int, Meta(ge=2, le=1 << 16)]
+    backend: Literal["gloo", "nccl"]
+
+
+class Swap(Message, frozen=True, kw_only=True):
+    """Load what you are prepared for: pause, load, resume, probe. One for another version is out of date: ignore it."""
+
+    policy_version: Published
+    manifest: str
+    member: GroupMember | None = None
+    """Transport `broadcast`: where it comes from."""
 
 
 class Pulse(Message, frozen=True, kw_only=True):
@@ -372,8 +446,8 @@ class CriticFailed(FromCritic, frozen=True, kw_only=True):
     reason: str
 
 
-ToTrainer = Hello | Group | Failed | Status | Swapped | SwapFailed | Goodbye
-ToRollout = Welcome | Refused | Lease | Ack | Cancel | WeightsReady | Pulse | Unknown | Stop
+ToTrainer = Hello | Group | Failed | Status | Prepared | Swapped | SwapFailed | Goodbye
+ToRollout = Welcome | Refused | Lease | Ack | Cancel | WeightsReady | Swap | Pulse | Unknown | Stop
 ToCritic = Learn | SaveCritic | LoadCritic | ExportCritic | StartCritic | Stop
 ToLearner = CriticReady | Learned | Done | CriticFailed
 

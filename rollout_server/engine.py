@@ -17,7 +17,7 @@ import numpy as np
 
 from asyncppo.config import SamplingConfig
 from asyncppo.errors import EngineError
-from asyncppo.messages import Float32, Int32
+from asyncppo.messages import Bucket, Float32, GroupMember, Int32
 
 UNLOADED = -1
 """The policy version of an engine that has its starting weights and was never given any."""
@@ -35,6 +35,14 @@ class Response:
     spans: list[tuple[int, int]]  # (policy version, tokens), rising, sum T
     truncated: bool
     text: str
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Weights that come from the trainer's process group while they are loaded."""
+
+    buckets: list[Bucket]
+    member: GroupMember
 
 
 class Engine(Protocol):
@@ -76,11 +84,20 @@ class Engine(Protocol):
             EngineError: it did not.
         """
 
-    async def load(self, directory: Path, policy_version: int) -> None:
-        """Take the weights in `directory`. Called between `pause` and `resume`.
+    async def load(self, weights: Path | Broadcast, policy_version: int) -> None:
+        """Take the weights, from a directory or from the trainer. Called between `pause` and `resume`.
 
         Raises:
             EngineError: it did not; the old weights stay, or the engine is no longer `healthy`.
+        """
+
+    async def score(self, ids: Int32) -> Float32:
+        """Log-probs of ids[1:], each under all before it, by the weights as they are and at temperature 1: [P-1].
+
+        Not while it is paused.
+
+        Raises:
+            EngineError: it did not answer, or not with so many.
         """
 
     async def resume(self) -> None:

@@ -11,14 +11,12 @@ turned away would otherwise hear nothing.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import zmq
 import zmq.asyncio
@@ -28,6 +26,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from asyncppo.errors import AddressError
 from asyncppo.messages import Codec, Message, ToRollout, ToTrainer
+from asyncppo.ports import is_loopback
 
 log = logging.getLogger("asyncppo.transport")
 
@@ -192,13 +191,7 @@ def check_address(address: str, insecure: bool, *, has_keys: bool = False) -> No
     """
     if has_keys:
         return
-    host = ""
-    try:
-        host = urlsplit(address).hostname or ""
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback and not insecure:
+    if not is_loopback(address) and not insecure:
         raise AddressError(
             f"{address} is not loopback, and without keys nothing on it is encrypted or authenticated: make keys with "
             "asyncppo keys DIR and give both ends stream.keys=DIR, keep to 127.0.0.1 (or a tunnel), or say "
