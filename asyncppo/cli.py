@@ -29,6 +29,8 @@ checkpoint_app = typer.Typer(
     help="Look at a run's checkpoints, check them, and take a model out of one.", no_args_is_help=True
 )
 app.add_typer(checkpoint_app, name="checkpoint")
+bench_app = typer.Typer(help="Measure a part of the system with real engines, on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="A YAML file, such as configs/demo.yaml.")]
 Overrides = Annotated[
@@ -122,6 +124,58 @@ def checkpoint_export(
     which = [] if critic is None else ["--critic", str(critic)]
     arguments = [str(checkpoint), "--to", str(to), *which]
     argv = programs.command("trainer", arguments, module="trainer.export_checkpoint")
+    sys.stdout.flush()
+    os.execve(argv[0], argv, programs.environment())
+
+
+@bench_app.command("swap", epilog="Example: `asyncppo bench swap --sizes 10M --requests 16 --swaps 20`")
+def bench_swap(
+    sizes: Annotated[
+        str, typer.Option(help="Random Qwen3 models (0.1M, 10M, 100M, 0.6B, 1.7B, 4B), or model directories.")
+    ] = "0.1M,10M,100M",
+    transports: Annotated[str, typer.Option(help="How the weights travel.")] = "disk,broadcast",
+    requests: Annotated[str, typer.Option(help="Responses in flight at each server.")] = "1,16,64",
+    swaps: Annotated[int, typer.Option(min=3, help="Versions of each row, one after the other.")] = 10,
+    servers: Annotated[int, typer.Option(min=1, help="Rollout servers, each with an SGLang.")] = 1,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a response, at most.")] = 256,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the engines' weights.")] = "float32",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Of the engines.")] = "auto",
+    check: Annotated[
+        int, typer.Option(min=0, help="Responses of each row whose log-probs a Hugging Face forward is compared with.")
+    ] = 64,
+    publish_directory: Annotated[str, typer.Option(help="Where versions are written.")] = "/dev/shm",
+    directory: Annotated[
+        Path | None, typer.Option(help="Keep models, configs and logs here. Default: they are removed.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON in place of the table.")] = False,
+) -> None:
+    """Hot swaps under load: publish version after version to real rollout servers, and time every phase.
+
+    For each model its servers are started once; for each transport and load a trainer that learns nothing publishes.
+    Generation stands still for pause + load + resume, which is held to 2 × bytes / bandwidth + 50 ms: the bandwidth of
+    the page cache (disk) or the loopback (broadcast), measured beside it. Log-probs are compared with those of Hugging
+    Face under the version that each token names; `wrong` is what the version before would give.
+
+    Exit codes: 0 measured, 1 something failed, 2 what was given cannot work.
+    """
+    from asyncppo import programs
+
+    options = {
+        "--rollout": programs.interpreter("rollout"),
+        "--sizes": sizes,
+        "--transports": transports,
+        "--requests": requests,
+        "--swaps": swaps,
+        "--servers": servers,
+        "--tokens": tokens,
+        "--dtype": dtype,
+        "--device": device,
+        "--check": check,
+        "--publish-directory": publish_directory,
+        **({"--directory": directory} if directory else {}),
+    }
+    arguments = [str(part) for option in options.items() for part in option] + ["--json"] * as_json
+    argv = programs.command("trainer", arguments, module="trainer.bench")
     sys.stdout.flush()
     os.execve(argv[0], argv, programs.environment())
 

@@ -211,6 +211,8 @@ class Prepared(Message, frozen=True, kw_only=True):
     """`WeightsReady.manifest`."""
     prepare_s: Seconds
     """Disk: every file read and its checksum compared, so that it is in the page cache."""
+    group: Text = ""
+    """Broadcast: the process group that its engine is in, if any; one that was restarted is in none."""
 
 
 class Swapped(Message, frozen=True, kw_only=True):

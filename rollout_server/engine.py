@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -24,6 +24,9 @@ UNLOADED = -1
 
 Script = Callable[[tuple[int, ...], int, int], Sequence[tuple[int, float]]]
 """(prompt ids, index of the response, policy version) -> the response's tokens with their log-probs."""
+
+Scores = Callable[[tuple[int, ...], int], Sequence[float]]
+"""(ids, policy version) -> log-probs of ids[1:]."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,19 @@ class Broadcast:
 class Engine(Protocol):
     """An inference engine. Not thread-safe: everything happens in one event loop."""
 
+    swap_mode: Literal["retract", "resubmit"]
+    """What a swap does to running requests: the engine drops their cache and computes it anew (`retract`), or they are
+    aborted, and sent again with what they have so far as prompt, under a fresh cache key (`resubmit`)."""
+    self_tested: bool
+    """Whether its swaps are known to be clean: `self_test` has proved it, or there is nothing to prove."""
+
     @property
     def description(self) -> str:
-        """What it is, for people: `sglang (cpu)`."""
+        """What it is, for people: `sglang 0.5.23 (cpu)`."""
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks it is in a broadcast's process group."""
 
     @property
     def policy_version(self) -> int:
@@ -134,20 +147,29 @@ class ScriptedEngine:
         script: see `Script`; a response ends where its script ends.
         decode: token ids to text.
         token_s: seconds of one token.
-        on_load: called with directory and version by `load`; may raise EngineError, as real weights may not fit.
+        on_load: called with weights and version by `load`; may raise EngineError, as real weights may not fit.
+        scores: see `Scores`; without it `score` is an EngineError.
+        ranks: see `Engine.ranks`.
     """
+
+    swap_mode: Literal["retract", "resubmit"] = "retract"
+    self_tested = True
 
     def __init__(
         self,
         script: Script,
         decode: Callable[[Sequence[int]], str],
         token_s: float = 0.0,
-        on_load: Callable[[Path, int], None] | None = None,
+        on_load: Callable[[Path | Broadcast, int], None] | None = None,
+        scores: Scores | None = None,
+        ranks: int = 1,
     ) -> None:
         self._script = script
         self._decode = decode
         self._token_s = token_s
         self._on_load = on_load
+        self._scores = scores
+        self._ranks = ranks
         self._running = asyncio.Event()
         self._running.set()
         self._alive = False
@@ -158,6 +180,10 @@ class ScriptedEngine:
     @property
     def description(self) -> str:
         return "scripted"
+
+    @property
+    def ranks(self) -> int:
+        return self._ranks
 
     @property
     def policy_version(self) -> int:
@@ -216,11 +242,23 @@ class ScriptedEngine:
         self._check_alive()
         self._running.clear()
 
-    async def load(self, directory: Path, policy_version: int) -> None:
+    async def load(self, weights: Path | Broadcast, policy_version: int) -> None:
         self._check_alive()
         if self._on_load is not None:
-            self._on_load(directory, policy_version)
+            self._on_load(weights, policy_version)
         self._version = policy_version
+
+    async def score(self, ids: Int32) -> Float32:
+        await asyncio.sleep(self._token_s)
+        self._check_alive()
+        if not self._running.is_set():
+            raise EngineError("the scripted engine is paused: it scores nothing before it is resumed")
+        if self._scores is None:
+            raise EngineError("the scripted engine has no scores: give it some")
+        logprobs = np.array(self._scores(tuple(ids.tolist()), self._version), np.float32)
+        if logprobs.shape != (ids.size - 1,):
+            raise EngineError(f"the script gave log-probs of shape {logprobs.shape}, expected {(ids.size - 1,)}")
+        return logprobs
 
     async def resume(self) -> None:
         self._check_alive()

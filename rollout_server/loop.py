@@ -5,7 +5,7 @@
     hello           -                           Hello, until Welcome                a reason to say it
     spilling        groups without a trainer    their files                         a kick, by heartbeats and leases
     a lease's task  one Lease                   one Group, or Failed                weights, engine, grading workers
-    swapping        announced WeightsReady      Swapped, SwapFailed                 an announcement
+    swapping        WeightsReady, Swap          Prepared; Swapped or SwapFailed     an announcement, its turn
     engine watch    the engine's health         a restarted engine                  Welcome; its interval, a suspicion
     heartbeats      the counts                  Status; groups again; a new Hello   its interval
 
@@ -27,6 +27,7 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from asyncppo import fingerprints
@@ -43,10 +44,13 @@ from asyncppo.messages import (
     Hello,
     Lease,
     Message,
+    Prepared,
     Pulse,
     Refused,
     Status,
     Stop,
+    Swap,
+    SwapFailed,
     Swapped,
     UInt8,
     Unknown,
@@ -58,9 +62,10 @@ from asyncppo.rewards import Grade, overlong_penalty, step_rewards
 from asyncppo.transport.base import Link
 from asyncppo.waits import note, waiting
 from rollout_server.engine import UNLOADED, Engine, Response
-from rollout_server.hot_swap import HotSwap
+from rollout_server.hot_swap import HotSwap, TakenBackError
 from rollout_server.outbox import Outbox, size_of
 from rollout_server.reward import Grader
+from rollout_server.self_test import self_test
 
 log = logging.getLogger("rollout_server")
 
@@ -74,7 +79,16 @@ _GOODBYE_S = 1.0
 _HEADER_BYTES = 1 << 16
 """More than a group takes beside its arrays."""
 
-State = Literal["starting", "generating", "waiting for leases", "swapping", "engine down", "outbox full", "stopping"]
+State = Literal[
+    "starting",
+    "generating",
+    "waiting for leases",
+    "swapping",
+    "quarantined",
+    "engine down",
+    "outbox full",
+    "stopping",
+]
 
 
 class RolloutServer:
@@ -105,7 +119,8 @@ class RolloutServer:
         self._engine = engine
         self._grader = grader
         self._name = name
-        self._swap = HotSwap(engine)
+        self._model = model
+        self._swap = HotSwap(engine, config.rollout.swap_timeout_s)
         self._hello = Hello(
             protocol=PROTOCOL,
             server=name,
@@ -116,6 +131,7 @@ class RolloutServer:
             model=fingerprints.model_fingerprint(model),
             tokenizer=fingerprints.tokenizer_fingerprint(model),
             engine=engine.description,
+            ranks=engine.ranks,
         )
         self._heartbeat_s = config.stream.heartbeat_s
         self._trainer: str | None = None
@@ -125,7 +141,6 @@ class RolloutServer:
         self._hello_wanted.set()
         self._spill_wanted = asyncio.Event()
         self._engine_started = asyncio.Event()
-        self._serving = asyncio.Event()  # the engine lives and has published weights
         self._suspicion = asyncio.Event()  # somebody saw the engine fail
         self._looked_at = asyncio.Condition()  # the engine's watch has looked at it
         self._stopping = asyncio.Event()
@@ -150,7 +165,7 @@ class RolloutServer:
         Raises:
             RefusedError: the trainer turned this server away.
             UserError: no trainer answered within `rollout.connect_timeout_s`.
-            EngineError: the engine does not start.
+            EngineError: the engine does not start, or its swaps are not clean.
         """
         try:
             async with asyncio.TaskGroup() as self._tasks:
@@ -216,6 +231,7 @@ class RolloutServer:
                 with waiting("the trainer to answer Hello", limit):
                     async with asyncio.timeout(limit):
                         while not self._welcomed.is_set():
+                            self._hello = msgspec.structs.replace(self._hello, engine=self._engine.description)
                             await self._link.send(self._hello)
                             await _wait(self._welcomed, self._heartbeat_s)
             except TimeoutError:
@@ -262,6 +278,8 @@ class RolloutServer:
                 await self._send_groups()
             case WeightsReady():
                 self._swap.announce(message)
+            case Swap():
+                self._swap.tell(message)
             case Pulse():
                 if message.policy_version not in (UNLOADED, self._swap.announced_version):
                     # It was announced before this pulse was sent, so the announcement was lost.
@@ -361,7 +379,7 @@ class RolloutServer:
         """What this server does now."""
         self._note_idle()
         return Status(
-            policy_version=self._engine.policy_version,
+            policy_version=self._engine.policy_version if self._swap.serving else UNLOADED,
             groups_in_flight=len(self._leases),
             unacknowledged=len(self._outbox),
             responses=self._responses,
@@ -375,20 +393,22 @@ class RolloutServer:
     def _state(self) -> State:
         if self._stopping.is_set():
             return "stopping"
-        if not self._serving.is_set():
-            return "engine down" if self._restarts else "starting"
+        if self._swap.quarantined:
+            return "quarantined"
         if self._swap.swapping:
             return "swapping"
+        if not self._swap.serving:
+            return "engine down" if self._restarts else "starting"
         if self._outbox.full:
             return "outbox full"
         return "generating" if self._generating else "waiting for leases"
 
     def _note_idle(self) -> None:
-        """Call when `_serving` or `_generating` has changed, and before `_idle_s` is read."""
+        """Call when the engine begins or ceases to serve or to generate, and before `_idle_s` is read."""
         now = time.monotonic()
         if self._idle_since is not None:
             self._idle_s += now - self._idle_since
-        self._idle_since = now if self._serving.is_set() and not self._generating else None
+        self._idle_since = now if self._swap.serving and not self._generating else None
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
@@ -431,28 +451,37 @@ class RolloutServer:
             raise EngineError(f"a group of {size >> 20} MB: at most stream.max_message_mb ({limit >> 20}) can be sent")
 
     async def _generate(self, lease: Lease) -> tuple[list[Response], float]:
-        """The responses and the seconds they took; after a failure tried again, once the engine was looked at."""
+        """The responses and the seconds they took; after a failure tried again, once the engine was looked at.
+
+        Nothing is returned that may have tokens of weights whose probe is not passed: see `HotSwap.generation`.
+        """
         if lease.group_size < 1:
             raise EngineError(f"a lease of {lease.group_size} responses: expected at least 1")
         if not await _wait(self._outbox_has_room, self._config.stream.lease_timeout_s):
             raise EngineError(f"{len(self._outbox)} finished groups wait for the trainer (rollout.spill_mb)")
-        for attempts_left in reversed(range(_ATTEMPTS)):
-            await self._engine_with_weights()
+        failures = 0
+        while True:
+            await self._swap.until_serving(self._recovery_s)
             started = time.monotonic()
             try:
                 # the engine's own limit, and that of taking the request back
                 limit = self._config.rollout.request_timeout_s + self._config.rollout.swap_timeout_s
-                with self._busy(), waiting(f"the engine's responses to lease {lease.lease}", limit):
-                    responses = await self._engine.generate(lease.prompt_ids, lease.group_size, self._config.sampling)
+                async with self._swap.generation():
+                    with self._busy(), waiting(f"the engine's responses to lease {lease.lease}", limit):
+                        responses = await self._engine.generate(
+                            lease.prompt_ids, lease.group_size, self._config.sampling
+                        )
+            except TakenBackError as error:
+                log.warning("lease %d is generated again: %s", lease.lease, error)
             except EngineError as error:
-                if not attempts_left:
+                failures += 1
+                if failures == _ATTEMPTS:
                     raise
                 log.warning("lease %d is tried again: %s", lease.lease, error)
                 await self._engine_looked_at()
             else:
                 self._restarts_in_a_row = 0
                 return responses, time.monotonic() - started
-        raise AssertionError("unreachable")
 
     async def _rewards(self, lease: Lease, responses: Sequence[Response], grades: Sequence[Grade]) -> Rewards:
         """What training makes of the grades; an evaluation is of the final reward alone."""
@@ -478,10 +507,6 @@ class RolloutServer:
             self._generating -= 1
             self._note_idle()
 
-    async def _engine_with_weights(self) -> None:
-        if not await _wait(self._serving, self._recovery_s):
-            raise EngineError(f"waited {self._recovery_s:g} s for the engine to have published weights")
-
     async def _engine_looked_at(self) -> None:
         looks = self._looks
         self._suspicion.set()
@@ -501,28 +526,23 @@ class RolloutServer:
     async def _swapping(self) -> None:
         """Gives the engine the weights that are announced.
 
-        consumes    announcements, by way of `HotSwap`
-        produces    Swapped or SwapFailed; an engine that may serve
+        consumes    announcements, and the trainer's word that it is this server's turn, by way of `HotSwap`
+        produces    Prepared, Swapped or SwapFailed; an engine that may serve
         waits for   the engine's start, then an announcement, both without limit; each phase: `rollout.swap_timeout_s`
         """
         await self._engine_started.wait()
         while True:
             with waiting("new weights, and the engine to take them", math.inf):  # its phases: rollout.swap_timeout_s
                 outcome = await self._swap.next()
-            if isinstance(outcome, Swapped):
-                self._serving.set()
-                self._note_idle()
-                log.info(
-                    "version %d serves: verify %.3f s, pause %.3f s, load %.3f s, resume %.3f s",
-                    outcome.policy_version,
-                    outcome.verify_s,
-                    outcome.pause_s,
-                    outcome.load_s,
-                    outcome.resume_s,
-                )
-            else:
-                self._suspicion.set()
-                log.warning("version %d was not loaded: %s", outcome.policy_version, outcome.reason)
+            self._note_idle()
+            match outcome:
+                case Prepared():
+                    log.info("version %d is prepared: %.3f s", outcome.policy_version, outcome.prepare_s)
+                case Swapped():
+                    log.info("version %d serves: %s", outcome.policy_version, _phases(outcome))
+                case SwapFailed():
+                    self._suspicion.set()
+                    log.warning("version %d was not loaded: %s", outcome.policy_version, outcome.reason)
             await self._link.send(outcome)
 
     async def _watching_engine(self) -> None:
@@ -534,23 +554,46 @@ class RolloutServer:
         """
         await self._welcomed.wait()
         await self._bring_up(self._engine.start)
+        await self._self_test()
         self._engine_started.set()
         while True:
             await _wait(self._suspicion, self._heartbeat_s)
             self._suspicion.clear()
             async with self._swap.engine_lock:
-                if not await self._engine.healthy():
+                if self._swap.needs_restart or not await self._engine.healthy():
                     await self._restart_engine()
             async with self._looked_at:
                 self._looks += 1
                 self._looked_at.notify_all()
 
+    async def _self_test(self) -> None:
+        """Prove once that a swap in the middle of an answer leaves nothing of the old weights behind.
+
+        Raises:
+            EngineError: it does, however it is swapped.
+        """
+        if not self._config.rollout.self_test or self._engine.self_tested:
+            return
+        limit = self._recovery_s
+        try:
+            with waiting("the engine's self-test", limit):
+                async with asyncio.timeout(limit):
+                    await self_test(self._engine, self._model, self._config)
+        except TimeoutError:
+            raise EngineError(
+                f"waited {limit:g} s for the self-test of {self._engine.description} (rollout.start_timeout_s, "
+                "rollout.swap_timeout_s): its log may say why; rollout.self_test=false starts without it"
+            ) from None
+
     async def _restart_engine(self) -> None:
-        self._serving.clear()
+        self._swap.engine_lost()
         self._note_idle()
         self._restarts += 1
-        self._count_failure("it is down")
-        log.warning("the engine is down: restarting it (%d so far)", self._restarts)
+        if self._swap.quarantined:
+            log.warning("the engine answers wrongly: restarting it (%d restarts so far)", self._restarts)
+        else:
+            self._count_failure("it is down")
+            log.warning("the engine is down: restarting it (%d so far)", self._restarts)
         await self._bring_up(self._engine.restart)
         self._swap.engine_restarted()
 
@@ -636,6 +679,17 @@ def make_group(
         generate_s=generate_s,
         grade_s=grade_s,
     )
+
+
+def _phases(swapped: Swapped) -> str:
+    """For the log."""
+    phases = (
+        f"prepare {swapped.prepare_s:.3f} s, wait {swapped.wait_s:.3f} s, pause {swapped.pause_s:.3f} s, "
+        f"load {swapped.load_s:.3f} s, resume {swapped.resume_s:.3f} s"
+    )
+    if swapped.probe_gap is not None:
+        phases += f", probe {swapped.probe_s:.3f} s, {swapped.probe_gap:.2g} nats from the trainer"
+    return phases
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> bool:

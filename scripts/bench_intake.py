@@ -2,10 +2,11 @@
 
     .venvs/trainer/bin/python scripts/bench_intake.py --servers 1000 --groups 10000
 
-The servers live in a process of their own: one ZeroMQ DEALER each, which joins, swaps when a version is announced and
-answers every lease at once. Half-way a tenth of them vanish and as many others join; in the end all say Goodbye. Every
-group carries its lease's prompt, and each prompt has to be consumed once. `cpu_ms_per_group` is the CPU time of the
-intake's own thread. The last line is JSON; the exit code is 0 only if nothing was lost and memory stayed flat.
+The servers live in a process of their own: one ZeroMQ DEALER each, which joins, swaps in two phases to each version
+that is announced, and answers every lease at once. Half-way a tenth of them vanish and as many others join; in the end
+all say Goodbye. Every group carries its lease's prompt, and each prompt has to be consumed once. `cpu_ms_per_group` is
+the CPU time of the intake's own thread. The last line is JSON; the exit code is 0 only if nothing was lost and memory
+stayed flat.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from asyncppo.messages import (
     Group,
     Hello,
     Lease,
+    Prepared,
     Status,
+    Swap,
     Swapped,
     ToRollout,
     Unknown,
@@ -122,16 +125,11 @@ class Swarm:
                 case Welcome():
                     self._trainers[socket] = message.trainer
                 case WeightsReady():
+                    version, manifest = message.policy_version, message.manifest
+                    self._say(socket, Prepared(policy_version=version, manifest=manifest, prepare_s=0.0))
+                case Swap():
                     self._versions[socket] = message.policy_version
-                    swapped = Swapped(
-                        policy_version=message.policy_version,
-                        manifest=message.manifest,
-                        verify_s=0.0,
-                        pause_s=0.0,
-                        load_s=0.0,
-                        resume_s=0.0,
-                    )
-                    self._say(socket, swapped)
+                    self._say(socket, a_swapped(message))
                 case Lease():
                     self.groups += 1
                     self._say(socket, a_group(message, self._versions[socket], self._trainers[socket]))
@@ -172,6 +170,20 @@ class Swarm:
         )
 
 
+def a_swapped(swap: Swap) -> Swapped:
+    """It took no time."""
+    return Swapped(
+        policy_version=swap.policy_version,
+        manifest=swap.manifest,
+        prepare_s=0.0,
+        wait_s=0.0,
+        pause_s=0.0,
+        load_s=0.0,
+        resume_s=0.0,
+        probe_s=0.0,
+    )
+
+
 def a_group(lease: Lease, version: int, trainer: str) -> Group:
     """Of GROUP_SIZE responses with TOKENS tokens each."""
     tokens = GROUP_SIZE * TOKENS
@@ -199,13 +211,14 @@ def swarm(address: str, capacity: int, commands: Connection) -> None:
     Swarm(address, capacity).serve(commands)
 
 
-def a_config(directory: Path, batch: int, steps: int) -> Config:
+def a_config(directory: Path, batch: int, steps: int, swap: str) -> Config:
     """A stream with deadlines that a busy machine keeps."""
     return from_tree(
         {
             "run": {"steps": steps, "directory": str(directory)},
             "data": {"train": "train.jsonl"},
             "actor": {"path": str(directory)},
+            "publish": {"swap": swap},
             "sampling": {"group_size": GROUP_SIZE, "max_response_tokens": TOKENS},
             "stream": {
                 "prompts_per_batch": batch,
@@ -223,11 +236,12 @@ def main(
     groups: Annotated[int, typer.Option(min=100, help="Groups that are consumed.")] = 10_000,
     batch: Annotated[int, typer.Option(min=1, help="Groups of a batch.")] = 500,
     capacity: Annotated[int, typer.Option(min=1, help="Leases that a server takes at once.")] = 2,
+    swap: Annotated[str, typer.Option(help="publish.swap: together or rolling.")] = "together",
 ) -> None:
     """Run it, print what it cost, and fail where something was lost."""
     steps = groups // batch
     with tempfile.TemporaryDirectory(prefix="asyncppo-bench-") as directory:
-        config = a_config(Path(directory), batch, steps)
+        config = a_config(Path(directory), batch, steps, swap)
         prompts = [Prompt(f"p{n}", np.arange(32, dtype=np.int32), str(n)) for n in range(steps * batch)]
         hub = ZmqHub("tcp://127.0.0.1:0")
         journal = Journal(Path(directory))

@@ -44,10 +44,12 @@ from asyncppo.messages import (
     Hello,
     Lease,
     Message,
+    Prepared,
     Pulse,
     Refused,
     Status,
     Stop,
+    Swap,
     SwapFailed,
     Swapped,
     ToRollout,
@@ -253,17 +255,10 @@ class Server:
             case Ack():
                 self.leases.pop(message.lease, None)
             case WeightsReady():
+                self.to_say.append(_prepared(message.policy_version, message.manifest))
+            case Swap():
                 self.version = message.policy_version
-                self.to_say.append(
-                    Swapped(
-                        policy_version=self.version,
-                        manifest=message.manifest,
-                        verify_s=0.0,
-                        pause_s=0.0,
-                        load_s=0.0,
-                        resume_s=0.0,
-                    )
-                )
+                self.to_say.append(_swapped(self.version, message.manifest))
             case Unknown():
                 if not any(isinstance(waiting, Hello) for waiting in self.to_say):
                     self.to_say.append(a_hello(self.name, str(self.starts)))
@@ -371,17 +366,15 @@ class IntakeFuzz:
             lease = chance.choice(list(self._granted.values()))[1]
         number = lease.lease if isinstance(lease, Lease) else lease
         manifest = "none" if chance.random() < 0.8 else "another trainer's"
-        swap = Swapped(
-            policy_version=self._version, manifest=manifest, verify_s=0.1, pause_s=0.1, load_s=0.1, resume_s=0.1
-        )
         makers: list[Callable[[], Message]] = [
             *[lambda: a_group(lease, max(server.version, 0), server.trainer)] * 8,
             lambda: a_hello(server.name, str(server.starts)),
             lambda: a_hello(chance.choice(("carol", "dave", "x" * 300, "a b")), chance.choice(("1", "2"))),
             lambda: Failed(lease=number, reason="no"),
             lambda: _status(server.version),
-            lambda: swap,
-            lambda: SwapFailed(policy_version=self._version, reason="no"),
+            lambda: _prepared(self._version, manifest),
+            lambda: _swapped(self._version, manifest),
+            lambda: SwapFailed(policy_version=self._version, reason="no", quarantined=chance.random() < 0.1),
             *([lambda: Goodbye(reason="bye")] if chance.random() < 0.05 else []),
         ]
         return chance.choice(makers)()
@@ -454,6 +447,15 @@ def _weights(version: int) -> WeightsReady:
     return WeightsReady(policy_version=version, directory="/nowhere", manifest="none")
 
 
+def _prepared(version: int, manifest: str) -> Prepared:
+    return Prepared(policy_version=version, manifest=manifest, prepare_s=0.1)
+
+
+def _swapped(version: int, manifest: str) -> Swapped:
+    times = dict.fromkeys(("prepare_s", "wait_s", "pause_s", "load_s", "resume_s", "probe_s"), 0.1)
+    return Swapped(policy_version=version, manifest=manifest, probe_gap=1e-6, **times)
+
+
 def _status(version: int) -> Status:
     return Status(
         policy_version=version,
@@ -503,7 +505,8 @@ def fuzz_sockets(seed: int, messages: int) -> tuple[list[str], Counter[str]]:
             lambda: a_group(chance.randrange(100), 0),
             lambda: _status(0),
             lambda: Failed(lease=1, reason="no"),
-            lambda: Swapped(policy_version=0, manifest="", verify_s=0.0, pause_s=0.0, load_s=0.0, resume_s=0.0),
+            lambda: _prepared(0, "none"),
+            lambda: _swapped(0, ""),
         ]
         for number in range(messages):
             frames = mutator.noise() if chance.random() < 0.2 else mutator.frames(chance.choice(originals)())
@@ -626,7 +629,7 @@ class RolloutFuzz:
         if self._left <= 0:
             return [bytes(frame) for frame in codec.encode(Stop(reason="the fuzz is over"))]
         self._left -= 1
-        if self._left % 2000 == 0:
+        if self._left % 400 == 0:
             await self._prove()
         if self._mutator.random.random() < 0.1:
             return self._mutator.noise()
@@ -643,6 +646,8 @@ class RolloutFuzz:
             if message.lease == self._lease:
                 self.counts["proofs"] += 1
             self._proofs.append(Ack(lease=message.lease))
+        elif isinstance(message, Prepared):
+            self._proofs.append(Swap(policy_version=message.policy_version, manifest=message.manifest))
         elif isinstance(message, Hello):
             self._proofs.extend((self._welcome(), self._weights))
 
@@ -667,6 +672,7 @@ class RolloutFuzz:
             lambda: Cancel(leases=[chance.randrange(1 << 30)]),
             self._welcome,
             lambda: self._weights,
+            lambda: Swap(policy_version=0, manifest=self._weights.manifest),
             lambda: Pulse(policy_version=0),
             lambda: Unknown(),
             *([lambda: Stop(reason="x"), lambda: Refused(reason="x")] if chance.random() < 0.01 else []),

@@ -22,12 +22,13 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncppo.config import Config, load
+from asyncppo.errors import EngineError
 from asyncppo.logs import set_up_logging
 from asyncppo.messages import ToCritic
 from asyncppo.metrics import Journal
 from asyncppo.transport.base import Link
 from asyncppo.transport.memory import MemoryChannel, MemoryHub
-from rollout_server.engine import ScriptedEngine
+from rollout_server.engine import Broadcast, ScriptedEngine
 from rollout_server.loop import RolloutServer
 from rollout_server.reward import Grader
 from trainer import preflight
@@ -37,7 +38,8 @@ from trainer.model.critic import Critic, serve
 from trainer.model.critics import Critics
 from trainer.model.policy import Policy
 from trainer.model.world import World
-from trainer.publish import Publisher
+from trainer.publish.disk import Disk
+from trainer.publish.publisher import Publisher
 from trainer.stream.intake import Intake
 from trainer.stream.prompts import Prompts
 
@@ -47,6 +49,7 @@ TWINS = (
     "critic.engine=plain",
     "actor.processes=1",
     "critic.processes=1",
+    "publish.transport=disk",
 )
 """What makes a config plain."""
 
@@ -60,10 +63,19 @@ class SeededSampler:
         self._model = AutoModelForCausalLM.from_pretrained(config.actor.path, dtype=torch.float32).eval()
         self._made: dict[tuple[tuple[int, ...], int], list[list[tuple[int, float]]]] = {}
 
-    def load(self, directory: Path, _: int) -> None:
+    def load(self, weights: Path | Broadcast, _: int) -> None:
         """Take a published version."""
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        if isinstance(weights, Broadcast):
+            raise EngineError("the plain twin has its weights from disk: set publish.transport to disk")
+        self._model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
         self._made.clear()
+
+    @torch.no_grad()
+    def score(self, ids: tuple[int, ...], _: int) -> list[float]:
+        """Log-probs of ids[1:], for the probe of a published version."""
+        logprobs = self._model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+        chosen: list[float] = logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        return chosen
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids to text, as SGLang gives it."""
@@ -110,7 +122,7 @@ def rollout(config: Config, make_link: Callable[[], Link]) -> threading.Thread:
     sampler = SeededSampler(config)
 
     async def live() -> None:
-        engine = ScriptedEngine(sampler, sampler.decode, on_load=sampler.load)
+        engine = ScriptedEngine(sampler, sampler.decode, on_load=sampler.load, scores=sampler.score)
         link = make_link()
         grader = Grader(config.reward)
         await grader.self_test()
@@ -144,15 +156,21 @@ def plain_run(config: Config) -> int:
     critics.wait_until_ready()
     intake.start()
     server = rollout(config, lambda: hub.link(b"plain"))
-    publisher = Publisher(config, data.tokenizer_directory)
+    policy = Policy(config, world)
     feed = Feed(config, world, intake, journal, data.eval_sets, data.tokenizer_directory, lambda: False)
+    disk = Disk(config, data.tokenizer_directory)
+    probe_ids = preflight.probe_ids(config, data.train)
+    publisher = Publisher(
+        config, disk, policy.network.hf, feed.announce, feed.oldest_wanted_version, probe_ids, journal
+    )
     try:
-        return Learner(config, world, feed, Policy(config, world), critics, publisher, journal).run(0)
+        return Learner(config, world, feed, policy, critics, publisher, journal, probe_ids=probe_ids).run(0)
     finally:
         critics.stop("the plain run has ended")
+        publisher.close()
         intake.close("the plain run has ended")
         server.join(timeout=30)
-        publisher.close()
+        disk.close()
         journal.close()
 
 

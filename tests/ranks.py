@@ -19,6 +19,7 @@ from trainer.model import deepspeed_engine, networks
 from trainer.model.critic import Critic
 from trainer.model.policy import Policy, Scores
 from trainer.model.world import World
+from trainer.publish.disk import Disk
 from trainer.stream.batch import Batch
 from trainer.targets import TargetBuilder, Targets
 
@@ -125,6 +126,22 @@ def moved(directory: Path, stage: str, world: World) -> dict[str, torch.Tensor]:
     return policy.weights()
 
 
+def published(directory: Path, stage: str, world: World) -> None:
+    """The state that one rank has saved under ZeRO 1, published by these ranks under any stage to
+    `published-SIZE-STAGE`, and the probe that each rank has."""
+    overrides = [f"actor.zero_stage={stage[0]}", "actor.engine=deepspeed"]
+    config = load(directory / "config.yaml", [*overrides, f"publish.directory={directory}/published/{world.size}"])
+    policy = Policy(config, world)
+    policy.load(directory / "state-1" / "1-6-0")
+    weights = policy.weights(torch.bfloat16)
+    probe = policy.probe(np.arange(10, 40, dtype=np.int32))
+    if world.rank == 0:
+        ready = Disk(config, Path(config.actor.path)).put(7, weights, policy.network.hf)
+        Path(ready.directory).rename(directory / f"published-{world.size}-{stage}")
+    torch.save(probe, directory / f"probe-{world.size}-{stage}-{world.rank}.pt")
+    world.barrier()
+
+
 def shared(world: World) -> dict[str, Any]:
     """What this rank has after `share`; only rank 0 gave something."""
     given = {"ids": np.array(["p1", "prompt ü"]), "numbers": np.arange(5, dtype=np.int32), "none": np.zeros((0, 3))}
@@ -153,6 +170,11 @@ def main(directory: Path) -> None:
         for name, batch in list(batches())[1:]:
             print(f"rank {world.rank} of {world.size}: {switch}, {name}", flush=True)
             results[switch, name] = train(directory, "2", batch, world, *overrides)
+    for stage in STAGES:
+        deepspeed_engine.deepspeed_config = lambda *args, stage=stage, **kwargs: (
+            be_large(derive(*args, **kwargs)) if "large" in stage else derive(*args, **kwargs)
+        )
+        published(directory, stage, world)
     if world.size == 2:
         for stage in STAGES:
             deepspeed_engine.deepspeed_config = lambda *args, stage=stage, **kwargs: (

@@ -145,10 +145,14 @@ def swap(version: int, at: float) -> dict[str, Any]:
         "time": at,
         "server": "demo-1",
         "policy_version": version,
-        "verify_s": 0.01,
+        "prepare_s": 0.01,
+        "wait_s": 0.0,
         "pause_s": 0.05,
         "load_s": 0.1,
         "resume_s": 0.05,
+        "probe_s": 0.01,
+        "probe_gap": 1e-6,
+        "attempts": 1,
     }
 
 

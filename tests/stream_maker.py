@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from asyncppo.config import Config, from_tree
-from asyncppo.messages import PROTOCOL, Group, Hello, Status, WeightsReady
+from asyncppo.messages import PROTOCOL, Group, Hello, Prepared, Status, Swapped, WeightsReady
 from trainer.stream.buffer import BufferedGroup
 from trainer.stream.prompts import Prompt, Prompts
 
@@ -105,3 +105,16 @@ def a_status(policy_version: int = 0, **changes: Any) -> Status:
 def weights_of(version: int) -> WeightsReady:
     """The announcement of a version."""
     return WeightsReady(policy_version=version, directory=f"/weights/{version}", manifest=f"checksum-{version}")
+
+
+def a_prepared(version: int, manifest: str | None = None) -> Prepared:
+    """For what `weights_of` announces, unless another manifest is said."""
+    manifest = weights_of(version).manifest if manifest is None else manifest
+    return Prepared(policy_version=version, manifest=manifest, prepare_s=0.5)
+
+
+def a_swapped(version: int, manifest: str | None = None, **changes: Any) -> Swapped:
+    """To what `weights_of` announces, unless another manifest is said; generation stood still for 0.4375 s."""
+    fields: dict[str, Any] = {"prepare_s": 0.5, "wait_s": 1.0, "pause_s": 0.25, "load_s": 0.125, "resume_s": 0.0625}
+    fields |= {"manifest": weights_of(version).manifest if manifest is None else manifest, "probe_s": 0.03125}
+    return Swapped(policy_version=version, **(fields | changes))

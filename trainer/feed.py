@@ -77,8 +77,11 @@ class Feed:
         self._rank_0.announce(weights)
 
     def limit_staleness(self, bound: int) -> None:
-        """The brake: lease by this bound, at most `stream.max_staleness`, from now on (`Intake.limit_staleness`)."""
-        self._rank_0.limit_staleness(bound)
+        """The brake: lease by this bound, at most `stream.max_staleness`, from now on (`Intake.limit_staleness`).
+
+        It is at least `publish.every` - 1: below that nothing could be leased for the last step before a version.
+        """
+        self._rank_0.limit_staleness(max(bound, self._config.publish.every - 1))
 
     def oldest_wanted_version(self, newest: int) -> int:
         """Versions below this one are served by nobody and wanted by nobody."""

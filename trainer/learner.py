@@ -1,7 +1,7 @@
 """The learner: AsyPPO on one screen, in the order of the algorithm. All ranks run it; rank 0 has the stream.
 
 consumes      batches (`Feed.take`), values (`Critics`)
-produces      policy versions (`Publisher`), one line of metrics a step
+produces      policy versions (`Publisher`, which works beside it), one line of metrics a step
 waits for     a batch, the critics
 unblocked by  the intake, the critics; a stop request ends it after the step
 """
@@ -13,10 +13,12 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from asyncppo import waits
 from asyncppo.config import Config
+from asyncppo.messages import Int32
 from asyncppo.metrics import Journal
 from trainer import warm_start
 from trainer.checkpoint import Checkpoints, GuardState, TrainerState
@@ -26,7 +28,7 @@ from trainer.model.critics import NO_VALUES, Critics, Values
 from trainer.model.export import export
 from trainer.model.policy import Policy, Scores
 from trainer.model.world import World
-from trainer.publish import Publisher
+from trainer.publish.publisher import Publisher, is_published
 from trainer.record import Recorder, StepRecord, effective_sample_size, logprob_gap
 from trainer.samples import Samples
 from trainer.stream.batch import Batch
@@ -38,7 +40,8 @@ log = logging.getLogger("asyncppo.learner")
 class Learner:
     """Trains from one policy version to the last. `critics`, `publisher` and `journal` are None on ranks above 0.
 
-    `resumed` is from the checkpoint that the run goes on from.
+    `resumed` is from the checkpoint that the run goes on from. `probe_ids` [P], the same on every rank, are what the
+    engines are probed with; without them they are not.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Learner:
         publisher: Publisher | None,
         journal: Journal | None,
         resumed: TrainerState | None = None,
+        probe_ids: Int32 | None = None,
     ) -> None:
         self._config = config
         self._world = world
@@ -68,6 +72,7 @@ class Learner:
         self._skipped = SkippedSteps(config, journal, counts)
         self._alarm = Alarm(config, journal, counts) if journal else None
         self._saved_version = -1
+        self._probe_ids = np.zeros(0, np.int32) if probe_ids is None else probe_ids
 
     def run(self, version: int) -> int:
         """Train from this version to the last, or until a stop is asked for; returns the version reached."""
@@ -84,6 +89,8 @@ class Learner:
         with waits.phase(f"save and export of version {version}"):  # before an evaluation that may wait in vain
             self._save(version)
             self._export(version)
+        if version == self._config.run.steps:
+            self._flush()
         if version == self._config.run.steps and self._config.eval.at_end:
             self._evaluate(version)
         if not self._checkpoints.settled():
@@ -120,7 +127,8 @@ class Learner:
             for use in range(self._brake.passes):
                 step.add(self._policy.update(batch, scores, targets, use))
         with step.phase("publish"):
-            self._publish(version + 1)
+            if is_published(self._config, version + 1):
+                self._publish(version + 1)
         self._record(step, batch, scores, values, targets)
         return True
 
@@ -147,12 +155,19 @@ class Learner:
             self._feed.limit_staleness(self._brake.max_staleness)
 
     def _publish(self, version: int) -> None:
-        weights = self._policy.weights()  # all ranks gather, rank 0 has them
+        """Hand the weights over as they are now; they are written and announced beside what comes next."""
+        weights = self._policy.weights(getattr(torch, self._config.rollout.dtype))  # all ranks gather, rank 0 has them
+        logprobs = self._policy.probe(self._probe_ids)
         if self._publisher:
-            self._feed.announce(self._publisher.publish(self._policy, weights, version))
-            self._publisher.remove_before(self._feed.oldest_wanted_version(version))
+            self._publisher.publish(version, weights, logprobs)
+
+    def _flush(self) -> None:
+        """Wait until the newest version is out."""
+        if self._publisher:
+            self._publisher.flush()
 
     def _evaluate(self, version: int) -> None:
+        self._flush()
         if self._world.rank == 0 and self._config.eval.sets:
             scores = self._feed.evaluate(version)
             log.info("evaluation of version %d: %s", version, ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))

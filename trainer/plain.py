@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from asyncppo.config import Config, dump
 from asyncppo.errors import AsyncPPOError, ConfigError, UserError
 from asyncppo.logs import set_up_logging
-from asyncppo.messages import Group, Message, Stop, ToCritic, WeightsReady
+from asyncppo.messages import Group, Message, Stop, ToCritic
 from asyncppo.metrics import Journal
 from asyncppo.plain import is_finished, plain_config
 from asyncppo.rewards import combined, grade, overlong_penalty, step_rewards
@@ -45,7 +45,7 @@ from trainer.model.critic import Critic, serve
 from trainer.model.critics import Critics
 from trainer.model.policy import Policy
 from trainer.model.world import World
-from trainer.publish import Publisher
+from trainer.publish.publisher import Publisher
 from trainer.stream.buffer import BufferedGroup
 from trainer.stream.dynamic_sampling import DynamicSampling
 from trainer.stream.intake import Counts, Intake
@@ -175,19 +175,26 @@ def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 
 class MemoryPublisher:
-    """The twin of `Publisher`: versions stay in memory, those that nobody wants any more are forgotten."""
+    """The twin of `Publisher`: versions stay in memory, until no later batch is drawn by them.
 
-    def __init__(self) -> None:
+    Args:
+        lag: batches for version v are drawn by version max(0, v − lag).
+    """
+
+    def __init__(self, lag: int = 0) -> None:
+        self._lag = lag
         self.versions: dict[int, dict[str, torch.Tensor]] = {}
+        self.cpu_of_versions: list[float] = []
+        """CPU seconds of this process when each version was published."""
 
-    def publish(self, policy: Policy, weights: dict[str, torch.Tensor], version: int) -> WeightsReady:
+    def publish(self, version: int, weights: dict[str, torch.Tensor], probe_logprobs: torch.Tensor) -> None:
         """Keep a version."""
-        self.versions[version] = weights
-        return WeightsReady(policy_version=version, directory="memory", manifest="")
+        self.cpu_of_versions.append(time.process_time())
+        kept = {number: held for number, held in self.versions.items() if number >= version - self._lag}
+        self.versions = {**kept, version: weights}
 
-    def remove_before(self, version: int) -> None:
-        """Forget versions below this one."""
-        self.versions = {number: weights for number, weights in self.versions.items() if number >= version}
+    def flush(self) -> None:
+        """Nothing waits here."""
 
 
 class LockstepChannel:
@@ -253,14 +260,12 @@ class SampledIntake:
         self._batch = config.stream.prompts_per_batch
         self._dynamic = DynamicSampling(config)
         self._loaded = -1
-        self._leases = self._consumed = self._announced = 0
+        self._leases = self._consumed = 0
         self._refused = Counter[str]()  # by reason
         self.tokens = Counter[int]()
         """Response tokens drawn so far, by what for."""
         self.cpu_of_takes: list[float] = []
         """CPU seconds of this process when each batch was asked for."""
-        self.cpu_of_versions: list[float] = []
-        """The same when each version was announced."""
 
     def take(
         self, version: int, should_stop: Callable[[], bool], warm_start: bool = False
@@ -362,15 +367,6 @@ class SampledIntake:
         group.check(len(responses))
         return group
 
-    def announce(self, weights: WeightsReady) -> None:
-        """A version is published."""
-        self.cpu_of_versions.append(time.process_time())
-        self._announced += 1
-
-    def oldest_served_version(self) -> int | None:
-        """The oldest version that a later batch is drawn by."""
-        return max(0, self._announced - 1 - self._lag)
-
     def limit_staleness(self, bound: int) -> None:
         """The brake: a lag above this bound is shortened to it."""
         self._max_staleness = bound
@@ -385,7 +381,7 @@ class SampledIntake:
             consumed=self._consumed,
             dropped=dict(self._refused),
             malformed=0,
-            swaps=self._announced,
+            swaps=len(self._publisher.cpu_of_versions),
             swap_pause_s=0.0,
             tokens=self.tokens.total(),
             idle_s=0.0,
@@ -411,6 +407,8 @@ def check(config: Config, lag: int) -> None:
             f"--lag {lag}: every batch would be {lag} versions old, more than stream.max_staleness "
             f"({config.stream.max_staleness})"
         )
+    if config.publish.every > 1:
+        raise ConfigError(f"publish.every is {config.publish.every}: a plain run draws from every version, set it to 1")
     combined(config.reward)
 
 
@@ -430,7 +428,7 @@ def plain_run(config: Config, lag: int = 0) -> int:
     journal = Journal(directory)
     (directory / "config.yaml").write_bytes(dump(config))
     tokenizer = AutoTokenizer.from_pretrained(config.actor.path)
-    publisher = MemoryPublisher()
+    publisher = MemoryPublisher(lag)
     sampler = Sampler(config, int(tokenizer.eos_token_id), world.device)
 
     def decode(ids: Sequence[int]) -> str:
@@ -458,7 +456,7 @@ def plain_run(config: Config, lag: int = 0) -> int:
             reason="the run is complete",
             tokens=intake.tokens[_STEP] + intake.tokens[_REPLACEMENT],
             warm_start_tokens=intake.tokens[_WARM_START],
-            train_cpu_s=intake.cpu_of_versions[-1] - first,
+            train_cpu_s=publisher.cpu_of_versions[-1] - first,
             warm_start_cpu_s=first - intake.cpu_of_takes[0],
         )
     finally:

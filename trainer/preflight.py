@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -13,10 +15,15 @@ from asyncppo import keys
 from asyncppo.config import Config
 from asyncppo.errors import ConfigError, ModelError
 from asyncppo.fingerprints import model_fingerprint, tokenizer_fingerprint
+from asyncppo.messages import Int32
 from asyncppo.transport.zmq import ZmqHub, check_address
 from trainer.model.networks import check_causal_lm, check_critic, files_of
+from trainer.publish import broadcast
 from trainer.stream.intake import Identity
 from trainer.stream.prompts import Prompt, Tokenize, load_prompts
+
+_PROBE = 64
+"""Tokens that the engines are probed with."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ def check(config: Config) -> Data:
         UserError: the first thing that is wrong, in one line.
     """
     check_stream_address(config)
+    check_publishing(config)
     check_devices(config)
     check_models(config)
     return load_data(config)
@@ -53,6 +61,16 @@ def check_stream_address(config: Config) -> None:
     if stream.keys and any(address.startswith("tcp://") for address in config.critic.addresses):
         keys.to_critic(stream.keys)
     ZmqHub(stream.address).close()
+
+
+def check_publishing(config: Config) -> None:
+    """Where weights are broadcast, the servers are told an address of this host.
+
+    Raises:
+        ConfigError: it is none, or `publish.address` has to say which.
+    """
+    if config.publish_transport[0] == "broadcast":
+        broadcast.address(config)
 
 
 def check_devices(config: Config) -> None:
@@ -118,6 +136,14 @@ def load_data(config: Config) -> Data:
         eval_sets=_eval_sets(config, tokenize),
         tokenizer_directory=files_of(config.actor.path),
     )
+
+
+def probe_ids(config: Config, prompts: Sequence[Prompt]) -> Int32:
+    """[P] tokens that the engines are probed with after a swap: the first prompts', one after the other; none with
+    `publish.probe` off."""
+    if not config.publish.probe:
+        return np.zeros(0, np.int32)
+    return np.concatenate([prompt.prompt_ids for prompt in prompts[:_PROBE]])[:_PROBE].astype(np.int32)
 
 
 def identity(config: Config) -> Identity:

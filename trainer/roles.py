@@ -12,6 +12,7 @@ from asyncppo.config import Config
 from asyncppo.errors import ConfigError
 from asyncppo.messages import ToCritic, ToLearner
 from asyncppo.metrics import Journal
+from asyncppo.ports import is_loopback
 from asyncppo.transport.zmq import ZmqChannel, ZmqHub, check_address
 from asyncppo.waits import Watchdog, phase
 from trainer import preflight
@@ -22,7 +23,9 @@ from trainer.model.critic import Critic, serve
 from trainer.model.critics import Critics
 from trainer.model.policy import Policy
 from trainer.model.world import World
-from trainer.publish import Publisher
+from trainer.publish.broadcast import BroadcastTransport
+from trainer.publish.disk import Disk
+from trainer.publish.publisher import Publisher
 from trainer.stream.intake import Intake
 from trainer.stream.prompts import Prompts
 from trainer.stream.state import StreamState
@@ -49,8 +52,9 @@ def _is_tcp(address: str) -> bool:
 def learner(config: Config, critic_addresses: Sequence[str], should_stop: Callable[[], bool]) -> int:
     """One rank of the learner, to the end of the run; returns the exit code.
 
-    It ends in this order: the critics, the stream, published versions, the process group. Rollout servers are told to
-    stop only when the run is complete: otherwise they wait for the trainer to come back (rollout.connect_timeout_s).
+    It ends in this order: the critics, the publisher, the stream, published versions, the process group. Rollout
+    servers are told to stop only when the run is complete: otherwise they wait for the trainer to come back
+    (rollout.connect_timeout_s).
 
     Raises:
         UserError: what was given cannot work.
@@ -75,13 +79,15 @@ def _learner(
 ) -> int:
     world = World(_collective_s(config))
     first = world.rank == 0
-    critics = intake = publisher = journal = trainer = None
+    critics = intake = transport = publisher = journal = trainer = None
     if first:  # answer servers before the models are loaded: their engines start meanwhile
         hub = ZmqHub(config.stream.address, config.stream.max_message_mb << 20, keys.of_trainer(config.stream.keys))
         journal = Journal(config.run_directory)
         watchdog.journal = journal.event
         prompts = Prompts(data.train, config.run.seed, config.data.shuffle)
-        intake = Intake(config, hub, prompts, preflight.identity(config), journal)
+        transport = _transport(config, world, data)
+        sender = transport if isinstance(transport, BroadcastTransport) else None
+        intake = Intake(config, hub, prompts, preflight.identity(config), journal, sender)
         channels = [
             ZmqChannel(
                 address, ToLearner, bind=False, keys=keys.to_critic(config.stream.keys) if _is_tcp(address) else None
@@ -97,7 +103,6 @@ def _learner(
         version = resumed[1].policy_version if resumed else 0
         if intake and journal:
             intake.start(_stream(config, resumed, journal))
-            publisher = Publisher(config, data.tokenizer_directory)
         with phase("building the actor"):
             policy = Policy(config, world)
         if critics:
@@ -108,11 +113,22 @@ def _learner(
             if critics:
                 critics.load(resumed[0])
             log.info("going on from %s", resumed[0])
-        feed = Feed(config, world, intake, journal, data.eval_sets, data.tokenizer_directory, should_stop)
-        if journal:
+
+        def stops() -> bool:
+            if publisher:
+                publisher.raise_failure()  # nothing comes any more: better said now than when the wait is over
+            return should_stop()
+
+        feed = Feed(config, world, intake, journal, data.eval_sets, data.tokenizer_directory, stops)
+        probe_ids = preflight.probe_ids(config, data.train)
+        if journal and transport:
             journal.event("start", version=version, resumed=bool(resumed))
+            model = policy.network.hf
+            publisher = Publisher(
+                config, transport, model, feed.announce, feed.oldest_wanted_version, probe_ids, journal
+            )
         before = resumed[1] if resumed else None
-        trainer = Learner(config, world, feed, policy, critics, publisher, journal, before)
+        trainer = Learner(config, world, feed, policy, critics, publisher, journal, before, probe_ids)
         reached = trainer.run(version)
         complete = reached == config.run.steps
         reason = "the run is complete" if complete else "the trainer was stopped"
@@ -124,13 +140,27 @@ def _learner(
             trainer.close()
         if critics:
             critics.stop(reason)
-        if intake:
-            intake.close(reason if complete else None)
         if publisher:
             publisher.close()
+        if intake:
+            intake.close(reason if complete else None)
+        if transport:
+            transport.close()
         if journal:
             journal.close()
         world.close()
+
+
+def _transport(config: Config, world: World, data: preflight.Data) -> Disk | BroadcastTransport:
+    """How weights travel in this run."""
+    which, why = config.publish_transport
+    log.info("weights are published by %s: %s", which, why)
+    if which == "disk":
+        return Disk(config, data.tokenizer_directory)
+    transport = BroadcastTransport(config, world.device)
+    if not is_loopback(config.stream.address):
+        log.warning("a broadcast is neither encrypted nor authenticated: keep it to a network that you trust")
+    return transport
 
 
 def _stream(config: Config, resumed: tuple[Path, TrainerState] | None, journal: Journal) -> StreamState | None:

@@ -199,7 +199,8 @@ class Cluster:
             "guard": {"min_ess": 0.0, "stall_s": 90.0},
             "rollout": {"max_groups": 4, "connect_timeout_s": 600.0, "request_timeout_s": 60.0}
             | {"swap_timeout_s": 20.0, "start_timeout_s": 300.0},
-            "publish": {"directory": str(self.directory / "weights")},
+            # scripted engines have no weights that a probe could be right under
+            "publish": {"directory": str(self.directory / "weights"), "probe": False},
         }
         for section, values in self.changes.items():
             tree[section] = tree.get(section, {}) | values

@@ -1,6 +1,7 @@
 """`python -m tests.chaos.server`: `python -m rollout_server` with a scripted engine in SGLang's place, else the same.
 
-What it says depends on prompt, response and policy version alone. `CHAOS_TOKEN_S` is the time that a token takes.
+What it says depends on prompt, response and policy version alone. It has no weights that a probe could be right under:
+`publish.probe` has to be off. `CHAOS_TOKEN_S` is the time that a token takes.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ POINTS: dict[str, tuple[str, str, Fires]] = {
     "values there": ("trainer.model.critics.Critics.values", "after", _always),
     "before the update": ("trainer.model.policy.Policy.update", "before", _always),
     "after the update": ("trainer.model.policy.Policy.update", "after", _always),
+    "version handed over": ("trainer.publish.publisher.Publisher.publish", "after", _always),
     "before the version's rename": ("os.replace", "before", _to("v0")),
     "after the version's rename": ("os.replace", "after", _to("v0")),
     "before the announcement": ("trainer.stream.intake.Intake.announce", "before", _always),

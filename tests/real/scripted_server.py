@@ -31,7 +31,7 @@ async def serve(config: Config, name: str) -> None:
     spec.loader.exec_module(plain)
     sampler = plain.SeededSampler(config)
     incarnation = uuid.uuid4().hex
-    engine = ScriptedEngine(sampler, sampler.decode, on_load=sampler.load)
+    engine = ScriptedEngine(sampler, sampler.decode, on_load=sampler.load, scores=sampler.score)
     link = ZmqLink(config.stream.address, f"{name}/{incarnation}".encode(), config.stream.max_message_mb << 20)
     grader = Grader(config.reward)
     await grader.self_test()

@@ -45,6 +45,7 @@ KILLS = [
     "values there:1:all",
     "before the update:2",
     "after the update:1:all",
+    "version handed over:2:all",
     "before the version's rename:2",
     "after the version's rename:2:all",
     "before the announcement:2",

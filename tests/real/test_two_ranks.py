@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from asyncppo import ports
 from asyncppo.config import load
+from asyncppo.weights import MANIFEST
 from tests.model_maker import a_config, a_world, largest_difference, make_model
 from tests.ranks import BATCHES, CASES, STAGES, SWITCHES
 from trainer.model.policy import Policy
@@ -167,6 +169,35 @@ def test_what_two_ranks_saved_one_rank_goes_on_from_with_the_same_bits(
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     for name, weights in policy.weights().items():
         assert torch.equal(weights, expected[f"weight hf.{name}"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_stage_on_one_or_two_ranks_publishes_the_same_files_bit_for_bit(
+    results: tuple[dict[Any, Any], dict[Any, Any], Path], size: int, stage: str
+) -> None:
+    """The same float32 weights go in, and come out rounded to bfloat16."""
+    expected, files = (
+        {path.name: path.read_bytes() for path in (results[2] / f"published-{which}").iterdir()}
+        for which in ("1-1", f"{size}-{stage}")
+    )
+    assert {"model.safetensors", "config.json", "tokenizer.json", MANIFEST} <= files.keys()
+    assert files == expected
+    saved, state = whole_state(results[2] / "state-1" / "1-6-0")
+    with safe_open(results[2] / f"published-{size}-{stage}" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert names
+        assert all(torch.equal(file.get_tensor(name), state[f"weight hf.{name}"].bfloat16()) for name in names)
+    assert {f"hf.{name}" for name in names} == set(saved.shapes)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_rank_has_the_same_probe(results: tuple[dict[Any, Any], dict[Any, Any], Path], stage: str) -> None:
+    expected = torch.load(results[2] / "probe-1-1-0.pt", weights_only=True)
+    assert expected.shape == (29,)
+    for size, rank in ((1, 0), (2, 0), (2, 1)):
+        probe = torch.load(results[2] / f"probe-{size}-{stage}-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(probe, expected, atol=1e-5, rtol=0)
 
 
 def test_what_rank_0_shares_every_rank_has(results: tuple[dict[Any, Any], dict[Any, Any], Path]) -> None:

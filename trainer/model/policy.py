@@ -13,6 +13,7 @@ import torch
 
 from asyncppo import algorithm
 from asyncppo.config import AlgorithmConfig, Config
+from asyncppo.messages import Int32
 from trainer.model.build import build_engine
 from trainer.model.engine import StepReport
 from trainer.model.export import whole_weights
@@ -159,9 +160,30 @@ class Policy:
             packed = gather(batch.input_ids, batch.sequence_lengths, batch.response_lengths, mine, self._world.device)
             yield packed, mine
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """All weights by their Hugging Face names, on the CPU; rank 0 gets them, the others an empty dict."""
-        return whole_weights(self._engine, self._world)
+    @torch.no_grad()
+    def probe(self, ids: Int32) -> torch.Tensor:
+        """Log-probs of ids[1:], each under all before it, by the weights as they are and at temperature 1.
+
+        Args:
+            ids: [P] tokens of the model's vocabulary.
+
+        Returns:
+            [max(0, P - 1)] float32 on the CPU, on every rank.
+        """
+        if len(ids) < 2:
+            return torch.zeros(0)
+        lengths = np.array([len(ids)], dtype=np.int32)
+        packed = gather(ids, lengths, lengths - 1, [0], self._world.device)
+        logprobs: torch.Tensor = self._engine(packed, 1.0)[0]
+        return logprobs.float().cpu()
+
+    def weights(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """All weights by their Hugging Face names, on the CPU; rank 0 gets them, the others an empty dict.
+
+        Args:
+            dtype: rounded to it; without it they are as they are trained.
+        """
+        return whole_weights(self._engine, self._world, dtype)
 
     def save(self, directory: Path) -> None:
         """Write what a resume needs."""

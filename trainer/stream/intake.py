@@ -5,8 +5,8 @@
     waits for     messages, at most `_TICK_S`
     unblocked by  the hub; `announce`, `take`, `evaluate` and `close` ring its bell
 
-It alone talks on the hub and changes ledger, buffer and peers, under one lock. A failure in the thread is raised in the
-learner, by the next call of any public method.
+It alone talks on the hub and changes ledger, buffer and peers, under one lock; `publish.swaps` says whose turn it is to
+swap. A failure in the thread is raised in the learner, by the next call of any public method.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from asyncppo.messages import (
     Hello,
     Lease,
     Message,
+    Prepared,
     Pulse,
     Refused,
     Status,
     Stop,
+    Swap,
     SwapFailed,
     Swapped,
     Unknown,
@@ -47,6 +49,7 @@ from asyncppo.messages import (
 )
 from asyncppo.metrics import Journal
 from asyncppo.transport.base import Hub
+from trainer.publish.swaps import Broadcaster, Swaps
 from trainer.stream.admission import Admission
 from trainer.stream.buffer import Buffer, BufferedGroup
 from trainer.stream.drops import Drops
@@ -131,7 +134,15 @@ class Identity:
 class Intake:
     """See the module. `start` it, `announce` weights, then `take` batches."""
 
-    def __init__(self, config: Config, hub: Hub, prompts: Prompts, identity: Identity, journal: Journal) -> None:
+    def __init__(
+        self,
+        config: Config,
+        hub: Hub,
+        prompts: Prompts,
+        identity: Identity,
+        journal: Journal,
+        broadcaster: Broadcaster | None = None,
+    ) -> None:
         self._config = config
         self._hub = hub
         self._identity = identity
@@ -144,12 +155,13 @@ class Intake:
         self._admission = Admission(config, self._ledger, self._buffer)
         self._sampling = DynamicSampling(config)
         self._pool = Pool(config)
+        self._swaps = Swaps(config, broadcaster)
         self._drops = Drops()
         self._weights: WeightsReady | None = None
         self._evaluation: Evaluation | None = None
         self._failed_at: dict[tuple[int, str], str] = {}
         """(epoch, prompt id) to the server that did not complete it last, as long as it is not received."""
-        self._malformed = self._refused = self._swaps = self._adopted = 0
+        self._malformed = self._refused = self._swapped = self._adopted = 0
         self._ignored: Counter[str] = Counter()
         self._swap_pause_s = 0.0
         self._outbox: deque[tuple[bytes, Message]] = deque()
@@ -183,14 +195,19 @@ class Intake:
         self._thread.start()
 
     def announce(self, weights: WeightsReady) -> None:
-        """A new version is published: tell every server, and those that come later."""
+        """A new version is published: tell every server, and those that come later.
+
+        Training may be ahead of it: the version about to be trained is never set back by it.
+        """
         with self._changed:
             self._raise_failure()
-            self._weights, self._admission.version = weights, weights.policy_version
+            self._weights = weights
+            self._admission.version = max(self._admission.version, weights.policy_version)
             self._ledger.history[self._incarnation] = weights.policy_version
             self._note_manifest(weights)
-            self._cancel_overdue(weights.policy_version)  # before the swap: their place is for others
+            self._cancel_overdue(self._admission.version)  # before the swap: their place is for others
             self._pool.announced(weights.policy_version, time.monotonic())
+            self._swaps.announced(weights)
             for peer in self._pool:
                 self._outbox.append((peer.identity, weights))
         self._hub.wake()
@@ -291,7 +308,7 @@ class Intake:
                 consumed=self._ledger.consumed,
                 dropped=dict(self._ledger.dropped),
                 malformed=self._malformed,
-                swaps=self._swaps,
+                swaps=self._swapped,
                 swap_pause_s=self._swap_pause_s,
                 tokens=tokens,
                 idle_s=idle_s,
@@ -316,6 +333,8 @@ class Intake:
         ledger = msgspec.structs.replace(
             ledger,
             version=version,
+            # The checkpoint has that version's weights: what they draw counts, though they may be published only later.
+            history=ledger.history | {self._incarnation: version},
             agreement=self._identity.agreement,
             metrics_bytes=metrics_bytes,
             ledger_bytes=ledger_bytes,
@@ -422,6 +441,7 @@ class Intake:
                     if now - self._looked_around >= self._look_around_s:
                         self._looked_around = now
                         self._look_around(now)
+                    self._say_swaps(now)
                     self._grant(now)
                     self._send(now)
                     if self._closing:
@@ -436,6 +456,7 @@ class Intake:
         """This process stood still, and nobody else is to blame: every deadline is later by that."""
         self._forgiven_s += gap_s
         self._pool.forgive_silence(now, gap_s)
+        self._swaps.forgive_silence(gap_s)
         for record in self._ledger.records.values():
             record.leased_at += gap_s
         evaluation = self._evaluation
@@ -460,9 +481,14 @@ class Intake:
                 self._give_back(peer, message.lease, f"failed at {peer.name}: {brief(message.reason)}", now)
             case Status():
                 peer.status = message
-                serves = -1 if message.state == "swapping" else message.policy_version
+                if message.state == "quarantined":
+                    self._quarantine(peer, now)  # in case that was not heard
+                serves = -1 if message.state in ("swapping", "quarantined") else message.policy_version
                 if self._weights and serves == self._weights.policy_version != peer.policy_version:
                     self._outbox.append((identity, self._weights))  # its Swapped was lost: it will say so again
+            case Prepared():
+                if self._swaps.prepared(identity, message.policy_version, message.manifest, now, message.group):
+                    self._pool.prepared(peer, now)
             case Swapped() if self._weights is None or message.policy_version > self._weights.policy_version:
                 self._count_malformed(f"{peer.name} serves version {message.policy_version}, which was not published")
             case Swapped() if self._weights and self._manifests.get(message.policy_version) != message.manifest:
@@ -475,27 +501,45 @@ class Intake:
                 )
                 self._outbox.append((identity, self._weights))
             case Swapped():
+                is_new = message.load_s > 0 or message.policy_version != peer.policy_version
+                self._swaps.swapped(identity, message.policy_version)
                 if self._pool.swapped(peer, message.policy_version, now):
                     self._announce_return(peer)
-                self._swaps += 1
-                self._swap_pause_s = message.pause_s + message.load_s + message.resume_s
+                if is_new:  # else it was asked again, and says that it has it
+                    self._note_swap(peer, message)
+            case SwapFailed():
+                self._swaps.failed(identity, message.policy_version, now)
+                self._pool.swap_failed(peer, message.policy_version, now)
                 self._journal.event(
-                    "swap",
+                    "swap_failed",
                     server=peer.name,
                     policy_version=message.policy_version,
-                    verify_s=message.verify_s,
-                    pause_s=message.pause_s,
-                    load_s=message.load_s,
-                    resume_s=message.resume_s,
+                    reason=message.reason,
+                    quarantined=message.quarantined,
                 )
-            case SwapFailed():
-                self._pool.swap_failed(peer, now)
-                log.warning("%s keeps version %d: %s", peer.name, peer.policy_version, brief(message.reason))
-                self._journal.event(
-                    "swap_failed", server=peer.name, policy_version=message.policy_version, reason=message.reason
-                )
+                if message.quarantined:
+                    self._quarantine(peer, now)
+                else:
+                    log.warning("%s keeps version %d: %s", peer.name, peer.policy_version, brief(message.reason))
             case Goodbye():
                 self._part(peer, brief(message.reason))
+
+    def _note_swap(self, peer: Peer, swapped: Swapped) -> None:
+        self._swapped += 1
+        self._swap_pause_s = swapped.pause_s + swapped.load_s + swapped.resume_s
+        self._journal.event(
+            "swap",
+            server=peer.name,
+            policy_version=swapped.policy_version,
+            prepare_s=swapped.prepare_s,
+            wait_s=swapped.wait_s,
+            pause_s=swapped.pause_s,
+            load_s=swapped.load_s,
+            resume_s=swapped.resume_s,
+            probe_s=swapped.probe_s,
+            probe_gap=swapped.probe_gap,
+            attempts=swapped.attempts,
+        )
 
     def _welcome(self, identity: bytes, hello: Hello, now: float) -> None:
         reason = self._identity.refusal(hello)
@@ -512,6 +556,7 @@ class Intake:
                     if other.identity != identity:
                         self._outbox.append((other.identity, Refused(reason=_REPLACED)))  # if it still lives
             self._pool.join(identity, hello, now)
+            self._swaps.joined(identity, hello.server, hello.ranks)
             log.info(
                 "rollout server %s joined: %s, %d groups at once", hello.server, brief(hello.engine), hello.capacity
             )
@@ -647,9 +692,23 @@ class Intake:
         log.warning("rollout server %s is set aside: %s", peer.name, reason)
         self._journal.event("server_set_aside", server=peer.name, reason=reason)
 
+    def _quarantine(self, peer: Peer, now: float) -> None:
+        """Its engine answers the probe wrongly: it has no version, and what it holds goes to others."""
+        if self._pool.quarantine(peer, now):
+            self._set_aside(peer, "its engine took new weights and does not answer the probe as the trainer does")
+            self._take_back(peer, "server quarantined")
+
     def _announce_return(self, peer: Peer) -> None:
         log.info("rollout server %s is back", peer.name)
         self._journal.event("server_back", server=peer.name)
+
+    def _say_swaps(self, now: float) -> None:
+        """Tell those whose turn it is to swap."""
+        for identity, swap in self._swaps.due(now):
+            peer = self._pool.get(identity)
+            assert peer is not None, "whoever swaps is in the pool"
+            self._pool.told_to_swap(peer, now)
+            self._outbox.append((identity, swap))
 
     def _grant(self, now: float) -> None:
         """Lease as many prompts as admission and the servers' capacity allow, the least busy server first."""
@@ -711,13 +770,12 @@ class Intake:
         for peer in found.late:
             version = self._weights.policy_version if self._weights else -1
             self._set_aside(peer, f"it serves version {peer.policy_version} and does not swap to version {version}")
-        for peer in found.failed_swap:
+            self._swaps.late(peer.identity)
+        for peer in found.tell_again:
             assert self._weights is not None, "a server is behind, and nothing was announced"
             self._outbox.append((peer.identity, self._weights))
         for peer in found.on_probation:
-            for lease in self._ledger.held_by(peer.identity):
-                self._take_away(lease, peer.identity, "server set aside")
-            self._give_back_evaluation(peer)
+            self._take_back(peer, "server set aside")
         late = now - self._config.stream.lease_timeout_s
         in_flight = [
             (n, record.peer)
@@ -741,12 +799,19 @@ class Intake:
     def _part(self, peer: Peer, reason: str) -> None:
         """A server leaves the pool: what it holds is leased again."""
         self._pool.leave(peer)
+        self._swaps.left(peer.identity)
         leases = self._ledger.held_by(peer.identity)
         for lease in leases:
             self._drop(lease, "server left")
         self._give_back_evaluation(peer)
         log.info("rollout server %s left (%s); %d prompts are leased again", peer.name, reason, len(leases))
         self._journal.event("server_left", server=peer.name, reason=reason, leased_again=len(leases))
+
+    def _take_back(self, peer: Peer, reason: str) -> None:
+        """All that a server holds goes to others."""
+        for lease in self._ledger.held_by(peer.identity):
+            self._take_away(lease, peer.identity, reason)
+        self._give_back_evaluation(peer)
 
     def _give_back_evaluation(self, peer: Peer) -> None:
         """The held-out problems that a server has go to others."""
@@ -794,7 +859,7 @@ class Intake:
             self._outbox.extend((peer.identity, Pulse(policy_version=version)) for peer in self._pool)
         while self._outbox:
             identity, message = self._outbox.popleft()
-            if not self._hub.send(identity, message) and isinstance(message, Lease):
+            if not self._hub.send(identity, message) and isinstance(message, Lease | Swap):
                 peer = self._pool.get(identity)
                 if peer is not None:
                     self._part(peer, "it cannot be reached; if it lives it will say Hello again")

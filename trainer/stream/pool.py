@@ -21,7 +21,7 @@ _LATE_SWAPS = 2.0
 """A server that serves an old version for so many times `rollout.swap_timeout_s` without a swap holds nothing up."""
 _RETRY_S, _LONGEST_RETRY_S = 2.0, 30.0
 """After a failed swap a server is told of the weights again: first after the one, then twice as long each time, up to
-the other."""
+the other. So long after the last word on weights it is told in any case, as words may be lost."""
 _LONGEST = 10.0
 """A server is set aside for so many times `stream.set_aside_s` at most."""
 _REMEMBERED = 1000
@@ -83,15 +83,19 @@ class Peer:
     number: int
     """Its place in the order of arrival."""
     policy_version: int = -1
-    """What its engine serves; -1 before its first swap."""
+    """What its engine serves; -1 before its first swap, and while it is quarantined."""
     wants_from: int = 0
-    """Before its first swap: no version older than this one was announced to it since its Hello."""
+    """While it serves no version: none older than this one is what it will load."""
     in_flight: int = 0
     status: Status | None = None
     behind_since: float | None = None
     """When the version that it has not swapped to was announced, or its last swap, if that was later."""
+    prepared_since: float | None = None
+    """It is prepared for the newest version since then, and was not told to swap: that is not its fault."""
+    quarantined: bool = False
+    """It answered the probe wrongly: its engine serves no version until it has swapped."""
     retry_at: float | None = None
-    """When it is told of the weights again, if its last swap failed."""
+    """When it is told of the weights again: as long as it is behind, and is not prepared."""
     retry_s: float = _RETRY_S
     """How long the next wait for that is."""
     late: bool = False
@@ -113,8 +117,8 @@ class Surroundings:
     """Nothing was heard of them for too long."""
     late: list[Peer]
     """They have become `late` just now."""
-    failed_swap: list[Peer]
-    """Their swap failed a while ago: they are to be told of the weights again."""
+    tell_again: list[Peer]
+    """They are to be told of the weights again."""
     on_probation: list[Peer]
     """Their time aside is over: what they still hold is to be taken from them, then they may have one lease."""
 
@@ -176,7 +180,8 @@ class Pool:
         peer.last_seen, peer.capacity, peer.policy_version, peer.in_flight = now, hello.capacity, -1, 0
         peer.behind_since, peer.late = (now if self._announced >= 0 else None), False
         peer.wants_from = max(self._announced, 0)
-        peer.retry_at, peer.retry_s = None, _RETRY_S
+        peer.retry_at, peer.retry_s = (now + _LONGEST_RETRY_S if self._announced >= 0 else None), _RETRY_S
+        peer.prepared_since, peer.quarantined = None, False
         self._peers[identity] = self._by_name[hello.server] = peer
         return peer
 
@@ -198,23 +203,55 @@ class Pool:
         self._announced = version
         for peer in self._peers.values():
             peer.wants_from = min(peer.wants_from, version)
-            peer.retry_at, peer.retry_s = None, _RETRY_S
             if peer.behind_since is None:
                 peer.behind_since = now
+            self.told_to_swap(peer, now)  # what it is prepared for is not the newest any more
+            peer.retry_at, peer.retry_s = now + _LONGEST_RETRY_S, _RETRY_S
+
+    def prepared(self, peer: Peer, now: float) -> None:
+        """A server is prepared for the newest version: until it is told to swap it does not grow late."""
+        if peer.behind_since is None:
+            peer.behind_since = now  # it had the version, and its engine was restarted
+        if peer.prepared_since is None:
+            peer.prepared_since = now
+        peer.retry_at = None
+
+    def told_to_swap(self, peer: Peer, now: float) -> None:
+        """A server is told to swap, or need not any more: from now on it may grow late."""
+        if peer.prepared_since is not None and peer.behind_since is not None:
+            peer.behind_since += now - max(peer.prepared_since, peer.behind_since)
+        peer.prepared_since = None
+        if peer.behind_since is not None:
+            peer.retry_at = now + _LONGEST_RETRY_S
 
     def swapped(self, peer: Peer, version: int, now: float) -> bool:
-        """A server serves this version now. Whether it was late until now."""
+        """A server serves this version now. Whether it was late or quarantined until now."""
         peer.policy_version = version
         peer.behind_since = now if version < self._announced else None
-        peer.retry_at, peer.retry_s = None, _RETRY_S
-        was_late, peer.late = peer.late, False
+        peer.retry_at = now + _LONGEST_RETRY_S if version < self._announced else None
+        peer.retry_s, peer.prepared_since = _RETRY_S, None
+        was_away, peer.late, peer.quarantined = peer.late or peer.quarantined, False, False
         self.update(peer)
-        return was_late
+        return was_away
 
-    def swap_failed(self, peer: Peer, now: float) -> None:
+    def swap_failed(self, peer: Peer, version: int, now: float) -> None:
         """A server could not swap: it is told of the weights again, as long as it is behind."""
-        if peer.behind_since is not None and peer.retry_at is None:
+        self.told_to_swap(peer, now)
+        if peer.behind_since is None and version == self._announced:
+            peer.behind_since = now  # it had the version, and its engine was restarted
+        if peer.behind_since is not None:
             peer.retry_at = now + peer.retry_s
+
+    def quarantine(self, peer: Peer, now: float) -> bool:
+        """A server serves no version until it has swapped, and is told of the weights again. Whether that is new."""
+        if peer.quarantined:
+            return False
+        if peer.policy_version >= 0:
+            peer.wants_from = peer.policy_version
+        peer.quarantined, peer.policy_version = True, -1
+        self.swap_failed(peer, self._announced, now)
+        self.update(peer)
+        return True
 
     def update(self, peer: Peer) -> None:
         """Note the place of a server that has changed."""
@@ -262,13 +299,13 @@ class Pool:
             elif breaker.until is not None and not breaker.probation and now >= breaker.until:
                 breaker.probation = True
                 found.on_probation.append(peer)
-            elif not peer.late and peer.behind_since is not None and now - peer.behind_since > self._late_s:
+            elif not peer.late and peer.prepared_since is None and self._is_late(peer, now):
                 peer.late = True
                 found.late.append(peer)
             if peer.retry_at is not None and now >= peer.retry_at:
                 peer.retry_s = min(2 * peer.retry_s, _LONGEST_RETRY_S)
                 peer.retry_at = now + peer.retry_s  # whatever becomes of this message
-                found.failed_swap.append(peer)
+                found.tell_again.append(peer)
         for peer in (*found.late, *found.on_probation):
             self.update(peer)
         return found
@@ -279,6 +316,8 @@ class Pool:
             peer.last_seen = now
             if peer.behind_since is not None:
                 peer.behind_since = now
+            if peer.prepared_since is not None:
+                peer.prepared_since = now
             if peer.breaker.until is not None:
                 peer.breaker.until += gap_s
 
@@ -292,6 +331,9 @@ class Pool:
         statuses = [peer.status for peers in (self._left, self._peers) for peer in peers.values() if peer.status]
         tokens = self._tokens_before + sum(status.tokens for status in statuses)
         return tokens, self._idle_s_before + sum(status.idle_s for status in statuses)
+
+    def _is_late(self, peer: Peer, now: float) -> bool:
+        return peer.behind_since is not None and now - peer.behind_since > self._late_s
 
     def _place(self, peer: Peer) -> None:
         if peer.has_room and self._peers.get(peer.identity) is peer:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from asyncppo.errors import WeightsError
-from asyncppo.weights import MANIFEST, Manifest, checksum, verify, write_manifest
+from asyncppo.weights import MANIFEST, Manifest, Tensor, checksum, checksum_of, verify, write_manifest
 
 pytestmark = pytest.mark.unit
 
@@ -121,3 +123,71 @@ def test_a_stray_shard_is_refused(published: tuple[Path, str]) -> None:
     (directory / "model-00009.safetensors").write_bytes(b"left by somebody")
     with pytest.raises(WeightsError, match=r"model-00009\.safetensors: is not in the manifest"):
         verify(directory, 3, manifest)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+SHARDS = {
+    "model-1.safetensors": {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)},
+    "model-2.safetensors": {"c": np.arange(5000, dtype=np.int64)},
+}
+
+
+def with_tensors(directory: Path, **changed: Tensor) -> str:
+    """A directory of two shards; its manifest says what they hold, but for what is `changed`."""
+    directory.mkdir()
+    tensors = {}
+    for name, shard in SHARDS.items():
+        save_file(shard, directory / name)
+        for key, array in shard.items():
+            data = checksum_of(array.tobytes())
+            tensors[key] = Tensor(dtype=str(array.dtype), shape=list(array.shape), xxh3=data)
+    return write_manifest(directory, 3, tensors | changed)
+
+
+def test_the_manifest_says_what_each_tensor_is_and_they_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced = with_tensors(tmp_path / "3")
+    manifest = verify(tmp_path / "3", 3, announced)
+    assert (manifest.tensors["a.weight"].dtype, manifest.tensors["a.weight"].shape) == ("float32", [2, 3])
+    monkeypatch.setattr("asyncppo.weights._CHUNK", 7)
+    assert verify(tmp_path / "3", 3, announced) == manifest
+
+
+def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
+    announced = with_tensors(tmp_path / "3")
+    file = tmp_path / "3" / "model-1.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"model-1\.safetensors: differs from its checksum .* in tensor "):
+        verify(tmp_path / "3", 3, announced)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "match"),
+    [
+        ("b", {"dtype": "bfloat16"}, r"tensor b of version 3 is float16 \[4\], .* has bfloat16 \[4\]"),
+        ("b", {"shape": [2, 2]}, r"tensor b of version 3 is float16 \[4\], .* has float16 \[2, 2\]"),
+        ("b", {"xxh3": "0" * 32}, r"tensor b of version 3 .* 00000000…"),
+        ("z", {}, r"tensor z of version 3 is not there"),
+    ],
+)
+def test_a_file_that_is_not_what_was_meant_is_refused(
+    tmp_path: Path, name: str, wrong: dict[str, object], match: str
+) -> None:
+    right = Tensor(dtype="float16", shape=[4], xxh3=checksum_of(np.ones(4, np.float16).tobytes()))
+    announced = with_tensors(tmp_path / "3", **{name: msgspec.structs.replace(right, **wrong)})
+    with pytest.raises(WeightsError, match=match):
+        verify(tmp_path / "3", 3, announced)
+
+
+@pytest.mark.parametrize("header", [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}", b"\x03\0\0\0\0\0\0\0[1]"])
+def test_a_file_without_the_tensors_that_were_meant_is_refused(tmp_path: Path, header: bytes) -> None:
+    directory = tmp_path / "3"
+    directory.mkdir()
+    (directory / "model.safetensors").write_bytes(header)
+    announced = write_manifest(directory, 3, {"a": Tensor(dtype="float32", shape=[1], xxh3="")})
+    with pytest.raises(WeightsError, match="tensor a of version 3 is not there"):
+        verify(directory, 3, announced)

@@ -28,10 +28,12 @@ from asyncppo.messages import (
     Hello,
     Lease,
     Message,
+    Prepared,
     Pulse,
     Refused,
     Status,
     Stop,
+    Swap,
     SwapFailed,
     Swapped,
     Unknown,
@@ -41,7 +43,8 @@ from asyncppo.messages import (
 from asyncppo.rewards import Grade
 from asyncppo.transport.memory import MemoryHub, MemoryLink
 from asyncppo.weights import write_manifest
-from rollout_server.engine import UNLOADED, ScriptedEngine
+from rollout_server import loop
+from rollout_server.engine import UNLOADED, Broadcast, ScriptedEngine
 from rollout_server.loop import RolloutServer
 from rollout_server.reward import Grader
 from tests.stream_maker import a_group
@@ -75,17 +78,19 @@ class World:
     """One server under test, and the trainer's end of its line."""
 
     def __init__(
-        self, directory: Path, token_s: float = 0.0, on_load: Callable[[Path, int], None] | None = None
+        self, directory: Path, token_s: float = 0.0, on_load: Callable[[Path | Broadcast, int], None] | None = None
     ) -> None:
         self.directory = directory
         (directory / "config.json").write_text("{}")
         (directory / "tokenizer.json").write_text("{}")
         self.config = self.make_config()
         self.hub = MemoryHub()
-        self.engine = ScriptedEngine(script, lambda ids: str(ids[-1]), token_s, on_load)
+        self.spoilt = 0.0  # how far the engine is from what it should score, in nats
+        self.engine = ScriptedEngine(script, lambda ids: str(ids[-1]), token_s, on_load, self.scores)
         self.grader: ScriptedGrader = ScriptedGrader()
         self.peer = b""
         self.heard: list[Message] = []
+        self.tells = True  # says Swap to whoever is prepared
         self.server: RolloutServer
         self.running: asyncio.Task[None]
 
@@ -128,6 +133,8 @@ class World:
                 await asyncio.sleep(0.002)
                 continue
             self.peer, message = got
+            if isinstance(message, Prepared) and self.tells:
+                self.send(Swap(policy_version=message.policy_version, manifest=message.manifest))
             if isinstance(message, kind) and all(getattr(message, name) == value for name, value in fields.items()):
                 return message
             self.heard.append(message)
@@ -141,12 +148,20 @@ class World:
                 came.append(got[1])
         return came
 
-    def publish(self, version: int) -> WeightsReady:
+    def scores(self, ids: tuple[int, ...], version: int) -> list[float]:
+        return [-1.0 - version - self.spoilt] * (len(ids) - 1)
+
+    def publish(self, version: int, probe: bool = False) -> WeightsReady:
         directory = self.directory / f"v{version}"
         directory.mkdir()
         (directory / "model.safetensors").write_text(f"weights {version}")
-        manifest = write_manifest(directory, version)
-        return WeightsReady(policy_version=version, directory=str(directory), manifest=manifest)
+        ready = WeightsReady(
+            policy_version=version, directory=str(directory), manifest=write_manifest(directory, version)
+        )
+        if not probe:
+            return ready
+        logprobs = np.array([-1.0 - version] * 2, np.float32)
+        return replace(ready, probe_ids=np.array([3, 1, 4], np.int32), probe_logprobs=logprobs, tolerance=0.01)
 
     async def welcome(self, version: int = 0) -> WeightsReady:
         """Hello, Welcome, the first weights, Swapped."""
@@ -331,11 +346,12 @@ def test_nothing_is_generated_before_the_first_published_weights_are_loaded(tmp_
 
 def test_a_swap_in_the_middle_of_a_generation_shows_in_tokens_and_spans(tmp_path: Path) -> None:
     async def scenario() -> None:
-        world = World(tmp_path, token_s=0.03)
-        async with world.serving():
+        world = World(tmp_path, token_s=0.1)
+        async with world.serving(), pulsing(world):
             await world.welcome(0)
             world.send(a_lease(1, group_size=1))
             await world.expect(Status, state="generating")
+            await asyncio.sleep(0.25)  # two tokens
             world.send(world.publish(1))
             group = await world.expect(Group)
             before, after = group.span_lengths.tolist()
@@ -386,6 +402,14 @@ async def pulse(world: World, version: int = 0) -> None:
     while True:
         world.send(Pulse(policy_version=version))
         await asyncio.sleep(HEARTBEAT_S)
+
+
+@asynccontextmanager
+async def pulsing(world: World) -> AsyncIterator[None]:
+    """The trainer is not silent, however long a generation takes."""
+    pulses = asyncio.create_task(pulse(world, UNLOADED))
+    yield
+    pulses.cancel()
 
 
 def test_a_silent_trainer_hears_hello_again_after_ten_heartbeats(tmp_path: Path) -> None:
@@ -513,7 +537,7 @@ def test_a_server_without_a_trainer_gives_up_and_says_for_how_long_it_tried(
 
 def test_a_lease_outlives_the_engine_that_died_under_it(tmp_path: Path) -> None:
     async def scenario() -> None:
-        world = World(tmp_path, token_s=0.01)
+        world = World(tmp_path, token_s=0.05)
         async with world.serving():
             await world.welcome(3)
             world.send(a_lease(1))
@@ -588,7 +612,7 @@ async def lease_for_ever(world: World) -> None:
 
 
 def test_weights_that_do_not_load_leave_the_server_generating_with_the_old_ones(tmp_path: Path) -> None:
-    def on_load(directory: Path, version: int) -> None:
+    def on_load(weights: Path | Broadcast, version: int) -> None:
         if version == 1:
             raise EngineError("shapes differ")
 
@@ -603,6 +627,151 @@ def test_weights_that_do_not_load_leave_the_server_generating_with_the_old_ones(
             world.send(Ack(lease=1), world.publish(2))
             await world.expect(Swapped, policy_version=2)
 
+    run(scenario())
+
+
+def test_a_server_generates_until_it_is_told_to_swap(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, token_s=0.02)
+        async with world.serving(), pulsing(world):
+            await world.welcome(0)
+            world.tells = False
+            ready = world.publish(1)
+            world.send(ready)
+            prepared = await world.expect(Prepared, policy_version=1, manifest=ready.manifest)
+            assert prepared.prepare_s > 0
+            world.send(a_lease(1))
+            assert (await world.expect(Group)).span_versions.tolist() == [0, 0]
+            world.send(Ack(lease=1), Swap(policy_version=1, manifest="another"))
+            assert not [message for message in await world.quiet(0.2) if isinstance(message, Swapped)]
+            world.send(Swap(policy_version=1, manifest=ready.manifest))
+            await world.expect(Swapped, policy_version=1)
+
+    run(scenario())
+
+
+def test_no_token_of_wrong_weights_leaves_and_its_lease_is_generated_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        def on_load(weights: Path | Broadcast, version: int) -> None:
+            loads.append(version)
+            world.spoilt = 1.0 if loads == [0, 1] else 0.0  # the first load of version 1 goes wrong
+
+        loads: list[int] = []
+        world = World(tmp_path, token_s=0.1, on_load=on_load)
+        async with world.serving(), pulsing(world):
+            await world.expect(Hello)
+            world.send(welcome(), world.publish(0, probe=True))
+            await world.expect(Swapped, policy_version=0)
+            world.send(a_lease(1))
+            await world.expect(Status, state="generating")
+            await asyncio.sleep(0.25)  # two tokens
+            world.send(world.publish(1, probe=True))
+            swapped = await world.expect(Swapped, policy_version=1)
+            assert swapped.attempts == 2
+            assert swapped.probe_gap == pytest.approx(0, abs=1e-6)
+            group = await world.expect(Group, lease=1)
+            assert group.span_versions.tolist() == [1, 1]  # from its first token
+            assert not any(isinstance(message, Failed) for message in world.heard)
+            assert world.engine.generating == 0
+
+    run(scenario())
+
+
+def test_a_quarantined_server_gives_its_leases_back_and_comes_back_with_a_restarted_engine(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        class Watched(ScriptedEngine):
+            may_restart = asyncio.Event()
+
+            async def restart(self) -> None:
+                await self.may_restart.wait()
+                await super().restart()
+
+        def on_load(weights: Path | Broadcast, version: int) -> None:
+            loads.append(version)
+            world.spoilt = 1.0 if loads in ([0, 1], [0, 1, 1]) else 0.0
+
+        loads: list[int] = []
+        world = World(tmp_path)
+        world.engine = Watched(script, lambda ids: str(ids[-1]), 0.1, on_load, world.scores)
+        async with world.serving(), pulsing(world):
+            await world.welcome(0)
+            world.send(a_lease(1))
+            await world.expect(Status, state="generating")
+            await asyncio.sleep(0.25)  # two tokens
+            world.send(world.publish(1, probe=True))
+            failed = await world.expect(SwapFailed, policy_version=1)
+            assert failed.quarantined
+            assert "1 nats from the trainer's" in failed.reason
+            given_back = await world.expect(Failed, lease=1)
+            assert "quarantined" in given_back.reason
+            assert not any(isinstance(message, Failed) for message in world.heard)
+            status = await world.expect(Status, state="quarantined")
+            assert (status.policy_version, status.groups_in_flight) == (UNLOADED, 0)
+            world.send(a_lease(2))
+            assert "quarantined" in (await world.expect(Failed, lease=2)).reason  # at once
+            world.engine.may_restart.set()
+            assert (await world.expect(Swapped, policy_version=1)).attempts == 3
+            assert loads == [0, 1, 1, 1]
+            world.send(a_lease(3))
+            assert (await world.expect(Group, lease=3)).span_versions.tolist() == [1, 1]
+            await world.expect(Status, engine_restarts=1)
+
+    run(scenario())
+
+
+def test_the_first_start_of_an_engine_is_tested_once_and_before_its_first_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested: list[str] = []
+
+    async def test(engine: Any, model: str, config: Config) -> None:
+        assert engine.policy_version == UNLOADED
+        tested.append(model)
+        engine.self_tested = True
+
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.engine.self_tested = False
+        async with world.serving():
+            await world.welcome(0)
+            assert tested == [str(tmp_path)]
+            world.engine.die()
+            await world.expect(Swapped, policy_version=0)
+            assert len(tested) == 1
+
+    monkeypatch.setattr(loop, "self_test", test)
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["not clean", "without end", "switched off", "known to be clean"])
+def test_an_engine_whose_swaps_are_not_clean_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    async def test(*_: Any) -> None:
+        if how == "without end":
+            await asyncio.Event().wait()
+        raise EngineError("token 7 is of the old weights")
+
+    async def scenario() -> None:
+        world = World(tmp_path)
+        limit_s = 0.1 if how == "without end" else 2
+        world.config = world.make_config(
+            start_timeout_s=limit_s, swap_timeout_s=limit_s, self_test=how != "switched off"
+        )
+        world.engine.self_tested = how == "known to be clean"
+        world.start()
+        if how in ("switched off", "known to be clean"):
+            await world.welcome(0)
+            world.server.stop("the test is over")
+            await world.running
+            return
+        await world.expect(Hello)
+        world.send(welcome(), world.publish(0))
+        says = "token 7 is of the old weights" if how == "not clean" else r"waited 0\.2 s for the self-test of scripted"
+        with pytest.raises(EngineError, match=says):
+            await world.expect(Swapped)
+
+    monkeypatch.setattr(loop, "self_test", test)
     run(scenario())
 
 

@@ -160,6 +160,17 @@ def test_only_the_first_rank_talks_with_servers() -> None:
     assert other.state().ledger.consumed == 0
 
 
+@pytest.mark.parametrize(("every", "bounds"), [(1, [0, 2]), (3, [2, 2])])
+def test_the_brake_leaves_room_until_the_next_version_is_published(every: int, bounds: list[int]) -> None:
+    """Version 0 is published, then 3: the batch for version 2 has to be leased by a bound of 2."""
+    intake = ScriptedIntake()
+    config = a_config(publish={"every": every}, stream={"max_staleness": 4})
+    feed = a_feed(Wire().rank(0), intake, config=config)
+    for bound in (0, 2):
+        feed.limit_staleness(bound)
+    assert intake.limits == bounds
+
+
 @pytest.mark.parametrize(("on_error", "responses"), [("mask", 3), ("zero", 4)])
 def test_a_reward_error_leaves_the_batch_of_every_rank_or_stays_with_its_zero(on_error: str, responses: int) -> None:
     failed = a_buffered(2, 3, a_prompt(12), a_group(3, reward_errors=np.array([0, 1], np.uint8)))

@@ -7,7 +7,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,13 +25,14 @@ from asyncppo.messages import (
     Failed,
     Goodbye,
     Group,
+    GroupMember,
     Lease,
     Message,
     Pulse,
     Refused,
     Stop,
+    Swap,
     SwapFailed,
-    Swapped,
     Unknown,
     WeightsReady,
     Welcome,
@@ -43,11 +44,14 @@ from tests.stream_maker import (
     a_group,
     a_group_of_version,
     a_hello,
+    a_prepared,
     a_prompt,
     a_status,
+    a_swapped,
     some_prompts,
     weights_of,
 )
+from trainer.publish.swaps import Broadcaster
 from trainer.stream import dynamic_sampling, pool
 from trainer.stream import intake as intake_module
 from trainer.stream.buffer import BufferedGroup
@@ -88,7 +92,7 @@ class Server:
             self._inbox.put(message)
             if self.answers_everything and isinstance(message, WeightsReady):
                 self.version = message.policy_version
-                await link.send(swapped(self.version))
+                await link.send(a_swapped(self.version))
             if self.answers_everything and isinstance(message, Lease):
                 await link.send(a_group_of_version(self.version, message.lease, message.group_size))
 
@@ -125,7 +129,7 @@ class Server:
         self.say(self.hello)
         self.hear(Welcome)
         self.version = version
-        self.say(swapped(version))
+        self.say(a_swapped(version))
         return self
 
     def leases(self, count: int) -> list[Lease]:
@@ -145,12 +149,19 @@ class Server:
 class House:
     """An intake on a MemoryHub, and an event loop for its servers."""
 
-    def __init__(self, directory: Path, config: Config, state: StreamState | None, prompts: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        state: StreamState | None,
+        prompts: int,
+        broadcaster: Broadcaster | None,
+    ) -> None:
         self.directory = directory
         self.hub = MemoryHub()
         self.journal = Journal(directory)
         identity = Identity("agreement", "model", "tokenizer")
-        self.intake = Intake(config, self.hub, some_prompts(prompts), identity, self.journal)
+        self.intake = Intake(config, self.hub, some_prompts(prompts), identity, self.journal, broadcaster)
         self.loop = asyncio.new_event_loop()
         self._loop_thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._loop_thread.start()
@@ -220,19 +231,15 @@ def build(tmp_path: Path) -> Iterator[Build]:
     """Makes houses: `build(batch=2, stream={...})`; by default B = 2, η = 1, 4 steps."""
     houses: list[House] = []
 
-    def make(state: StreamState | None = None, prompts: int = 5, **config: Any) -> House:
-        houses.append(House(tmp_path / str(len(houses)), a_config(**config), state, prompts))
+    def make(
+        state: StreamState | None = None, prompts: int = 5, broadcaster: Broadcaster | None = None, **config: Any
+    ) -> House:
+        houses.append(House(tmp_path / str(len(houses)), a_config(**config), state, prompts, broadcaster))
         return houses[-1]
 
     yield make
     for house in houses:
         house.close()
-
-
-def swapped(version: int, manifest: str | None = None) -> Swapped:
-    """To what `weights_of` announces, unless another manifest is said."""
-    manifest = weights_of(version).manifest if manifest is None else manifest
-    return Swapped(policy_version=version, manifest=manifest, verify_s=0.5, pause_s=0.25, load_s=0.125, resume_s=0.0625)
 
 
 def names(leases: list[Lease]) -> list[str]:
@@ -270,7 +277,7 @@ def test_a_server_that_does_not_fit_is_turned_away_with_the_reason(
     house = build()
     house.announce(0)
     alice = house.server()
-    alice.say(msgspec.structs.replace(alice.hello, **changes), swapped(0))
+    alice.say(msgspec.structs.replace(alice.hello, **changes), a_swapped(0))
     refused, unknown = alice.hear_all()
     assert isinstance(refused, Refused)
     assert isinstance(unknown, Unknown)
@@ -285,7 +292,7 @@ def test_a_server_gets_leases_only_after_its_swap(build: Build) -> None:
     alice = house.server()
     alice.say(alice.hello, a_status(-1), SwapFailed(policy_version=0, reason="no such directory"))
     assert [type(message) for message in alice.hear_all()] == [Welcome, WeightsReady]
-    alice.say(swapped(0))
+    alice.say(a_swapped(0))
     first = alice.hear(Lease)
     assert (first.epoch, first.prompt_id, first.answer, first.group_size, first.purpose) == (0, "p0", "0", 2, "train")
     assert first.prompt_ids.tolist() == [0, 1, 2]
@@ -337,7 +344,7 @@ def test_admission_ends_at_bound_plus_one_batches_and_goes_on_with_the_next_vers
     house.take(0)
     assert alice.hear_all() == []  # still served by version 0: they would be due at 1, as the two in flight
     house.announce(1)
-    alice.say(swapped(1))
+    alice.say(a_swapped(1))
     assert names(alice.leases(2)) == ["p4", "p0"]
     assert [type(message) for message in alice.hear_all()] == [WeightsReady]
 
@@ -375,7 +382,7 @@ def test_a_server_that_lags_too_far_behind_gets_nothing_until_it_swaps(build: Bu
         house.announce(version)
     alice = house.server().join(version=0)
     assert [type(message) for message in alice.hear_all()] == [WeightsReady]
-    alice.say(swapped(1))
+    alice.say(a_swapped(1))
     alice.leases(2)  # due at 2, which is about to be trained: one batch, not two
     assert alice.hear_all() == []
 
@@ -493,7 +500,7 @@ def test_a_new_process_under_the_same_identity_takes_the_place_of_the_old_one(bu
     alice.hear(WeightsReady)
     alice.say(alice.hello)
     assert [type(message) for message in alice.hear_all()] == [Welcome, WeightsReady]  # no lease before its swap
-    alice.say(swapped(0))
+    alice.say(a_swapped(0))
     assert names(alice.leases(4)) == names(lost)
     assert house.counts().servers == 1
 
@@ -606,7 +613,7 @@ def test_a_group_that_became_too_stale_is_dropped_and_its_prompt_leased_again(bu
     (first,) = alice.leases(1)
     alice.answer(first)
     house.announce(1)  # version 0 was never trained, as after a resume from elsewhere
-    alice.say(swapped(1))
+    alice.say(a_swapped(1))
     taking = house.taking(1)
     (again,) = alice.leases(1)
     assert again.prompt_id == first.prompt_id
@@ -751,6 +758,237 @@ def test_a_prompt_that_failed_at_one_server_goes_to_another_where_there_is_one(b
     bob.leases(1)  # the only one
 
 
+# --- swaps in two phases ---------------------------------------------------------------------------------------------
+
+
+def test_a_prepared_server_is_told_to_swap_and_every_phase_is_on_record(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server()
+    alice.say(alice.hello)
+    assert [type(message) for message in alice.hear_all()] == [Welcome, WeightsReady]
+    alice.say(a_prepared(0, "another trainer's"))
+    assert alice.hear_all() == []
+    alice.say(a_prepared(0))
+    swap = alice.hear(Swap)
+    assert (swap.policy_version, swap.manifest, swap.member) == (0, "checksum-0", None)
+    alice.say(a_swapped(0, probe_gap=1e-6, attempts=2))
+    alice.leases(4)
+    [event] = house.events("swap")
+    del event["time"]
+    assert event == {
+        "event": "swap",
+        "server": "alice",
+        "policy_version": 0,
+        "prepare_s": 0.5,
+        "wait_s": 1.0,
+        "pause_s": 0.25,
+        "load_s": 0.125,
+        "resume_s": 0.0625,
+        "probe_s": 0.03125,
+        "probe_gap": 1e-6,
+        "attempts": 2,
+    }
+
+
+def test_a_server_that_says_once_more_that_it_swapped_counts_once(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server().join()
+    alice.leases(4)
+    alice.say(a_swapped(0, pause_s=0.0, load_s=0.0, resume_s=0.0), a_status(0))
+    alice.hear_all()
+    assert house.counts().swaps == 1
+    assert house.counts().swap_pause_s == 0.25 + 0.125 + 0.0625
+    alice.say(a_swapped(0))  # its engine was restarted, and has loaded it again
+    house.waits_for(lambda counts: counts.swaps == 2)
+
+
+def test_rolling_the_next_server_swaps_when_one_has_swapped_failed_left_or_not_answered_in_time(build: Build) -> None:
+    house = build(publish={"swap": "rolling"}, rollout={"swap_timeout_s": 0.4})
+    servers = [house.server(name).join() for name in "abcde"]
+    house.announce(0)
+    for server in servers:
+        server.hear(WeightsReady)
+        server.say(a_prepared(0))
+        time.sleep(0.02)  # in this order
+    a, b, c, d, e = servers
+    a.hear(Swap)
+    assert not any(isinstance(message, Swap) for message in b.hear_all())
+    a.say(a_swapped(0))
+    b.hear(Swap)
+    b.say(SwapFailed(policy_version=0, reason="no"))
+    c.hear(Swap)
+    c.say(Goodbye(reason=""))
+    d.hear(Swap)
+    began = time.monotonic()
+    e.hear(Swap)
+    assert 0.3 < time.monotonic() - began < LONG / 2
+
+
+def test_a_server_that_waits_for_its_turn_does_not_grow_late(build: Build) -> None:
+    house = build(publish={"swap": "rolling"}, rollout={"swap_timeout_s": 0.3})
+    house.announce(0)
+    servers = [house.server(name).join() for name in "abcd"]
+    house.announce(1)
+    house.waits_for(lambda counts: counts.swaps == 4)
+    for server in servers:
+        server.say(a_prepared(1))
+    told: list[Server] = []
+    while len(told) < 4:  # none of them does it: the last one is told after three turns, and twice a turn is late
+        heard = [server for server in servers if any(isinstance(m, Swap) for m in server.hear_all(0.05))]
+        told += heard
+        late = {event["server"] for event in house.events("server_set_aside")}
+        assert late <= {server.hello.server for server in told}
+    house.waits_for(lambda counts: len(house.events("server_set_aside")) == 4)
+
+
+class Rounds:
+    """A broadcaster that is never busy."""
+
+    busy = False
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, str, list[tuple[bytes, int]]]] = []
+
+    def begin(
+        self, version: int, manifest: str, members: Sequence[tuple[bytes, int]], group: str
+    ) -> dict[bytes, GroupMember]:
+        self.begun.append((version, manifest, list(members)))
+        return {
+            identity: GroupMember(name="g", address="a", port=1, rank=rank, world_size=9, backend="gloo")
+            for rank, (identity, _) in enumerate(members, start=1)
+        }
+
+
+def test_a_broadcast_begins_when_all_are_prepared_and_each_is_told_its_place(build: Build) -> None:
+    rounds = Rounds()
+    house = build(broadcaster=rounds)
+    house.announce(0)
+    alice, bob = house.server("alice"), house.server("bob")
+    bob.say(msgspec.structs.replace(bob.hello, ranks=2))
+    alice.say(alice.hello)
+    for server in (alice, bob):
+        server.hear(WeightsReady)
+        assert not any(isinstance(message, Swap) for message in server.hear_all())
+        server.say(a_prepared(0))
+    places = [server.hear(Swap).member for server in (alice, bob)]
+    assert [place and place.rank for place in places] == [1, 2]
+    assert rounds.begun == [(0, "checksum-0", [(b"alice/1", 1), (b"bob/1", 2)])]
+
+
+@pytest.mark.parametrize("says", ["SwapFailed", "Status"])
+def test_a_quarantined_server_loses_what_it_has_and_gets_nothing_until_it_has_swapped(build: Build, says: str) -> None:
+    house = build(max_staleness=3)
+    house.announce(0)
+    alice = house.server("alice").join()
+    bob = house.server("bob", capacity=9)
+    leases = alice.leases(4)
+    house.announce(1)
+    alice.say(
+        SwapFailed(policy_version=1, reason="off by 1.5 nats", quarantined=True)
+        if says == "SwapFailed"
+        else a_status(0, state="quarantined")
+    )
+    assert sorted(lease for _ in leases for lease in alice.hear(Cancel).leases) == [lease.lease for lease in leases]
+    bob.join(version=1)
+    assert names(bob.leases(4)) == names(leases)
+    assert house.counts().dropped == {"server quarantined": 4}
+    assert house.intake.oldest_served_version() == 0  # it may fall back
+    assert "probe" in house.events("server_set_aside")[0]["reason"]
+    assert [event["quarantined"] for event in house.events("swap_failed")] == [True] * (says == "SwapFailed")
+    alice.say(a_status(0, state="quarantined"), a_group_of_version(0, leases[0].lease))  # it was on its way
+    assert not any(isinstance(message, Lease) for message in alice.hear_all())
+    assert sum(house.counts().ignored.values()) == 1
+    assert len(house.events("server_set_aside")) == 1
+    bob.say(Goodbye(reason=""))
+    alice.say(a_swapped(1))
+    assert names(alice.leases(4)) == names(leases)
+    assert len(house.events("server_back")) == 1
+    assert house.intake.oldest_served_version() == 1
+
+
+def test_held_out_problems_of_a_quarantined_server_go_to_another(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server("alice", capacity=5).join()
+    alice.leases(4)
+    scores = house.evaluating(1, version=0)
+    [held_out] = [lease for lease in alice.leases(1) if lease.purpose == "eval"]
+    alice.say(SwapFailed(policy_version=0, reason="", quarantined=True))
+    bob = house.server("bob", capacity=9).join()
+    again = next(lease for lease in bob.leases(5) if lease.purpose == "eval")
+    assert again.prompt_id == held_out.prompt_id
+    bob.say(a_group_of_version(0, again.lease, again.group_size))
+    assert len(scores.result(LONG)) == 1
+
+
+def test_a_server_whose_engine_was_restarted_swaps_again_and_is_told_again_when_that_fails(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_RETRY_S", 0.1)
+    house = build(stream={"heartbeat_s": 0.2})
+    house.announce(0)
+    alice = house.server().join()
+    alice.hear(WeightsReady)
+    alice.leases(4)
+    for _ in range(2):
+        alice.say(a_prepared(0))
+        assert alice.hear(Swap).policy_version == 0
+        alice.say(SwapFailed(policy_version=0, reason="no"))
+        assert alice.hear(WeightsReady).policy_version == 0
+    alice.say(SwapFailed(policy_version=0, reason="it could not even prepare"))
+    assert alice.hear(WeightsReady).policy_version == 0
+
+
+def test_a_server_that_is_behind_and_says_nothing_is_told_again(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_LONGEST_RETRY_S", 0.3)
+    house = build(stream={"heartbeat_s": 0.2})
+    house.announce(0)
+    alice = house.server()
+    alice.say(alice.hello)
+    for _ in range(3):  # its Prepared, or what it failed at, was lost
+        assert alice.hear(WeightsReady).policy_version == 0
+    alice.say(a_prepared(0))
+    alice.hear(Swap)
+    assert alice.hear(WeightsReady).policy_version == 0  # or its Swap was
+    alice.say(a_swapped(0))
+    alice.leases(4)
+    alice.hear_all(0.0)
+    assert not any(isinstance(message, WeightsReady) for message in alice.hear_all(0.7))
+    house.announce(1)
+    alice.say(a_swapped(0))
+    for _ in range(2):
+        assert alice.hear(WeightsReady).policy_version == 1
+
+
+def test_a_version_that_is_published_while_training_goes_on_does_not_set_the_stream_back(build: Build) -> None:
+    house = build(max_staleness=1)
+    house.announce(0)
+    alice = house.server(capacity=9).join()
+    alice.answer(*alice.leases(4))
+    house.take(0)
+    house.take(1)  # version 2 is about to be trained
+    alice.hear_all()
+    house.announce(1)  # only now
+    alice.say(a_swapped(1))
+    assert len(alice.leases(2)) == 2  # for version 2; what version 1 draws is too old for the batch after that
+    assert not any(isinstance(message, Lease) for message in alice.hear_all())
+    assert house.intake.state().ledger.version == 2
+
+
+def test_what_the_version_of_a_checkpoint_draws_counts_even_if_it_is_published_only_later(build: Build) -> None:
+    house = build()
+    house.announce(0)
+    alice = house.server().join()
+    welcomes = house.intake.state().ledger.history
+    alice.answer(*alice.leases(4))
+    house.take(0)
+    [(trainer, before)] = welcomes.items()
+    assert before == 0
+    assert house.intake.state().ledger.history == {trainer: 1}
+
+
 # --- late swaps ------------------------------------------------------------------------------------------------------
 
 
@@ -762,7 +1000,7 @@ def test_a_server_that_does_not_swap_is_set_aside_and_no_version_is_kept_for_it(
     good.leases(4)
     house.waits_for(lambda counts: counts.swaps == 2)
     house.announce(1)
-    good.say(swapped(1))
+    good.say(a_swapped(1))
     house.waits_for(lambda counts: counts.swaps == 3)
     assert house.intake.oldest_served_version() == 0  # it may yet swap, or fall back
     deadline = time.monotonic() + LONG
@@ -772,7 +1010,7 @@ def test_a_server_that_does_not_swap_is_set_aside_and_no_version_is_kept_for_it(
     assert "does not swap to version 1" in house.events("server_set_aside")[0]["reason"]
     hung.say(failed(leases[0]))
     assert not [message for message in hung.hear_all() if isinstance(message, Lease)]
-    hung.say(swapped(1))
+    hung.say(a_swapped(1))
     hung.leases(1)
     assert house.intake.oldest_served_version() == 1
     assert len(house.events("server_back")) == 1
@@ -782,7 +1020,7 @@ def test_a_server_that_claims_a_version_that_was_not_published_is_not_believed(b
     house = build()
     house.announce(0)
     alice = house.server()
-    alice.say(alice.hello, swapped(7))
+    alice.say(alice.hello, a_swapped(7))
     house.waits_for(lambda counts: counts.malformed == 1)
     assert not [message for message in alice.hear_all() if isinstance(message, Lease)]
 
@@ -800,7 +1038,7 @@ def test_what_can_be_in_no_batch_any_more_is_cancelled_before_the_swap_and_lease
     kinds = [type(message) for message in heard]
     assert kinds.index(Cancel) < len(kinds) - 1 - kinds[::-1].index(WeightsReady)
     assert [m.leases[0] for m in heard if isinstance(m, Cancel)] == [lease.lease for lease in slow]
-    alice.say(swapped(1))
+    alice.say(a_swapped(1))
     assert sorted(names(alice.leases(2))) == names(slow)
     assert house.counts().dropped == {"too stale": 2}
 
@@ -832,7 +1070,7 @@ def test_lengths_and_rewards_of_what_is_dropped_are_counted_and_a_bias_is_said(
     alice.say(alice.hello)
     for version in range(40):
         house.announce(version)
-        alice.say(swapped(version))
+        alice.say(a_swapped(version))
         (lease,) = alice.leases(1)
         if version < 20:
             alice.answer(lease, version=version)
@@ -909,7 +1147,7 @@ def test_with_replay_a_batch_is_drawn_again_at_the_next_version_and_prompts_are_
     alice.answer(*leases)
     first = house.take(0)
     house.announce(1)
-    alice.say(swapped(1))
+    alice.say(a_swapped(1))
     assert not [message for message in alice.hear_all() if isinstance(message, Lease)]
     again = house.take(1)
     assert [(held.lease, held.uses) for held in first] == [(lease.lease, 0) for lease in leases]
@@ -929,7 +1167,7 @@ def test_uses_that_the_bound_forbids_lapse_with_the_batch_and_a_new_prompt_is_le
     counts = house.counts()
     assert (counts.consumed, counts.buffered, counts.used, counts.lapsed) == (1, 0, 1, 2)
     house.announce(1)
-    alice.say(swapped(1))
+    alice.say(a_swapped(1))
     alice.leases(1)
 
 
@@ -1287,7 +1525,7 @@ def test_a_server_whose_swap_failed_is_told_of_the_weights_again_until_it_serves
         alice.say(SwapFailed(policy_version=0, reason="a file is missing from version 0"))
         assert alice.hear(WeightsReady).policy_version == 0
     alice.hear(WeightsReady)
-    alice.say(swapped(0))
+    alice.say(a_swapped(0))
     alice.leases(4)
     alice.hear_all(0.0)
     assert [message for message in alice.hear_all(0.5) if isinstance(message, WeightsReady)] == []
@@ -1299,11 +1537,11 @@ def test_another_trainers_version_of_the_same_number_is_not_taken_for_this_ones(
     alice = house.server()
     alice.say(alice.hello)
     alice.hear(WeightsReady)
-    alice.say(swapped(0, manifest="that of a version 0 that was rolled back"))
+    alice.say(a_swapped(0, manifest="that of a version 0 that was rolled back"))
     assert alice.hear(WeightsReady).manifest == "checksum-0"
     assert not any(isinstance(message, Lease) for message in alice.hear_all())
     assert house.counts().swaps == 0
-    alice.say(swapped(0))
+    alice.say(a_swapped(0))
     alice.leases(4)
 
 
@@ -1455,7 +1693,7 @@ def a_second_life(build: Build, **config: Any) -> tuple[House, Server, list[Leas
     alice = first.server(capacity=9)
     alice.say(alice.hello)
     trainer = alice.hear(Welcome).trainer
-    alice.say(swapped(0))
+    alice.say(a_swapped(0))
     leases = alice.leases(4)
     alice.answer(*leases[:2])
     first.take(0)
@@ -1477,7 +1715,7 @@ def test_a_resumed_trainer_adopts_what_a_server_kept_even_before_it_has_publishe
     counts = house.waits_for(lambda counts: counts.ignored != {})
     assert (counts.adopted, counts.buffered, counts.in_flight, counts.ignored) == (1, 1, 0, {"not wanted": 1})
     house.announce(1)
-    alice.say(swapped(1))
+    alice.say(a_swapped(1))
     assert names(alice.leases(1)) == [fourth.prompt_id]  # first; of the other it has the group
     house.intake._ledger.check()
 
@@ -1516,7 +1754,7 @@ def test_a_kept_group_that_makes_no_sense_is_counted_and_its_prompt_leased_again
     for _ in range(2):
         alice.hear(Ack)
     house.announce(1)
-    alice.say(swapped(1))
+    alice.say(a_swapped(1))
     assert third.prompt_id in names(alice.leases(2))
     assert (house.counts().malformed, house.counts().adopted) == (2, 0)
 
@@ -1532,7 +1770,7 @@ def test_a_server_that_was_out_of_reach_keeps_its_answer_and_another_is_not_aske
     alice = house.server(capacity=2)
     alice.say(alice.hello)
     trainer = alice.hear(Welcome).trainer
-    alice.say(swapped(0))
+    alice.say(a_swapped(0))
     lease, _ = alice.leases(2)
     alice.say(Goodbye(reason="gone for a moment"))
     house.waits_for(lambda counts: counts.servers == 0)
@@ -1560,7 +1798,7 @@ def test_a_server_whose_swapped_was_lost_is_asked_again(build: Build) -> None:
     alice.hear(WeightsReady)
     alice.say(a_status(0))
     assert alice.hear(WeightsReady).policy_version == 0
-    alice.say(swapped(0))
+    alice.say(a_swapped(0))
     alice.leases(4)
 
 

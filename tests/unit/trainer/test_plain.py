@@ -105,9 +105,9 @@ def test_the_brake_shortens_a_lag(tmp_path: Path) -> None:
 
 
 def test_versions_that_a_lag_still_needs_are_kept() -> None:
-    publisher = MemoryPublisher()
-    publisher.versions = {version: {} for version in range(5)}
-    publisher.remove_before(3)
+    publisher = MemoryPublisher(lag=1)
+    for version in range(5):
+        publisher.publish(version, {}, torch.zeros(0))
     assert sorted(publisher.versions) == [3, 4]
 
 
@@ -192,6 +192,7 @@ def test_the_ends_of_the_uniform_number_lead_to_possible_tokens(
         ("sampling.top_p=0.9", 0, "top_p"),
         ("sampling.top_k=5", 0, "top_k"),
         ("stream.max_staleness=2", 3, "max_staleness"),
+        ("publish.every=2", 0, "publish.every"),
     ],
 )
 def test_what_a_plain_run_cannot_do_is_refused(tmp_path: Path, override: str, lag: int, message: str) -> None:
@@ -252,6 +253,27 @@ def test_a_finished_run_is_not_done_again_and_any_other_is(tmp_path: Path) -> No
     before = events.stat().st_mtime_ns
     assert plain._one_run(config, 0)
     assert events.stat().st_mtime_ns == before
+
+
+def test_the_newest_version_is_out_before_it_is_evaluated_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    publish = MemoryPublisher.publish
+
+    def published(self: MemoryPublisher, version: int, weights: Any, probe: torch.Tensor) -> None:
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}  # rollout.dtype
+        assert probe.numel() == 0  # nobody is probed here
+        happened.append(f"publish {version}")
+        publish(self, version, weights, probe)
+
+    monkeypatch.setattr(MemoryPublisher, "publish", published)
+    monkeypatch.setattr(MemoryPublisher, "flush", lambda _: happened.append("flush"))
+    monkeypatch.setattr(Feed, "evaluate", lambda _, version: happened.append(f"evaluate {version}") or {})
+    plain_run(a_run(tmp_path, "a", 1, "eval.at_start=true", "eval.at_end=true", "run.steps=2"))
+    assert happened[:3] == ["publish 0", "flush", "evaluate 0"]
+    assert happened[3:5] == ["publish 1", "publish 2"]
+    assert happened[-2:] == ["flush", "evaluate 2"]
 
 
 def test_a_run_that_is_done_is_saved_and_exported_before_an_evaluation_that_waits_in_vain(

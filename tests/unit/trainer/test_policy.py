@@ -253,6 +253,33 @@ def test_weights_are_by_their_hugging_face_names_and_a_copy(tmp_path: Path) -> N
     assert policy.weights()["model.norm.weight"].any()
 
 
+def test_weights_for_the_engine_are_rounded_to_its_dtype(tmp_path: Path) -> None:
+    policy = Policy(a_config(tmp_path), a_world())
+    rounded, whole = policy.weights(torch.bfloat16), policy.weights()
+    assert all(torch.equal(rounded[name], whole[name].bfloat16()) for name in whole)
+    assert largest_difference(policy.weights(), whole) == 0
+
+
+def test_the_probe_is_every_tokens_log_prob_at_temperature_1_by_the_weights_as_they_are(tmp_path: Path) -> None:
+    policy = Policy(a_config(tmp_path, "sampling.temperature=0.5"), a_world())
+    ids = np.arange(10, 30, dtype=np.int32)
+    before = policy.probe(ids)
+    with torch.no_grad():
+        for parameter in policy.network.parameters():
+            parameter.mul_(1.25)
+    probed = policy.probe(ids)
+    plain = AutoModelForCausalLM.from_pretrained(a_model(), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.25)
+        logprobs = plain(input_ids=torch.from_numpy(ids).long()[None]).logits[0].log_softmax(-1)
+    expected = [float(logprobs[at - 1, ids[at]]) for at in range(1, len(ids))]
+    assert probed.tolist() == pytest.approx(expected, abs=1e-5)
+    assert float((probed - before).abs().mean()) > 0.01
+    assert not probed.requires_grad
+    assert policy.probe(ids[:1]).shape == policy.probe(ids[:0]).shape == (0,)
+
+
 def test_a_policy_that_goes_on_from_a_save_takes_the_same_step(tmp_path: Path) -> None:
     batch, config = a_batch(), a_config(tmp_path, "actor.schedule=cosine", "actor.warmup_steps=2")
     targets = some_targets(batch, config)

@@ -12,7 +12,7 @@ import logging
 import random
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,17 +29,19 @@ from asyncppo.messages import (
     Failed,
     Goodbye,
     Group,
+    GroupMember,
     Lease,
     Message,
     Pulse,
-    Swapped,
+    Swap,
+    SwapFailed,
     Unknown,
     WeightsReady,
     Welcome,
 )
 from asyncppo.metrics import Journal
 from asyncppo.staleness import staleness
-from tests.stream_maker import a_config, a_group, a_hello, a_status, some_prompts
+from tests.stream_maker import a_config, a_group, a_hello, a_prepared, a_status, a_swapped, some_prompts
 from trainer.stream import intake as intake_module
 from trainer.stream.buffer import BufferedGroup
 from trainer.stream.intake import Identity, Intake
@@ -104,6 +106,8 @@ class Server:
     told: int = -1
     """The version that was announced last."""
     announced: WeightsReady | None = None
+    may_swap: bool = False
+    """It was told to swap to what is announced."""
     works_on: dict[int, tuple[Lease, list[tuple[int, int]]]] = field(default_factory=dict)
     """Lease to what drew its tokens so far, as (version, content)."""
     outbox: dict[int, Group] = field(default_factory=dict)
@@ -122,7 +126,9 @@ class Server:
                 self.works_on.clear()
                 self.welcome = False
             case WeightsReady():
-                self.announced, self.told = message, message.policy_version
+                self.announced, self.told, self.may_swap = message, message.policy_version, False
+            case Swap() if self.announced and message.manifest == self.announced.manifest:
+                self.may_swap = True
             case Pulse() if message.policy_version != self.told:
                 self.welcome = False  # an announcement was lost: Hello again
             case Lease():
@@ -133,22 +139,29 @@ class Server:
                 for lease in message.leases:
                     self.works_on.pop(lease, None)
 
-    def swap(self) -> Swapped | None:
+    def swap(self, *, fails: bool) -> Message | None:
+        """The next of its two phases; Prepared again as long as it is not told to swap."""
         if self.announced is None:
             return None
-        if self.content == int(self.announced.manifest):  # it has it, and was not heard
+        version, manifest = self.announced.policy_version, self.announced.manifest
+        if self.content == int(manifest):  # it has it, and was not heard
             self.announced = None
-            return self._swapped()
-        self.version, self.content = self.announced.policy_version, int(self.announced.manifest)
+            return a_swapped(version, manifest)
+        if fails:
+            self.announced = None
+            return SwapFailed(policy_version=version, reason="it did")
+        if not self.may_swap:
+            return a_prepared(version, manifest)
+        self.version, self.content, self.announced = version, int(manifest), None
         for _, spans in self.works_on.values():
             spans.append((self.version, self.content))
-        self.announced = None
-        return self._swapped()
+        return a_swapped(version, manifest)
 
-    def _swapped(self) -> Swapped:
-        return Swapped(
-            policy_version=self.version, manifest=str(self.content), verify_s=0, pause_s=0, load_s=0, resume_s=0
-        )
+    def quarantine(self) -> SwapFailed:
+        """It has new weights and not those that it should have; nothing that it drew by them leaves it."""
+        self.works_on.clear()
+        self.version = self.content = -1
+        return SwapFailed(policy_version=self.told, reason="the probe", quarantined=True)
 
     def finish(self, lease: int) -> Group:
         asked, spans = self.works_on.pop(lease)
@@ -167,6 +180,30 @@ class Server:
         self.__init__(self.name, self.life + 1)  # type: ignore[misc]
 
 
+class Rounds:
+    """A broadcaster; each of its rounds takes a moment."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._until = 0.0
+
+    @property
+    def busy(self) -> bool:
+        return self._house.now < self._until
+
+    def begin(
+        self, version: int, manifest: str, members: Sequence[tuple[bytes, int]], group: str
+    ) -> dict[bytes, GroupMember]:
+        assert not self.busy
+        assert (version, manifest) == (self._house.published, str(self._house.contents[version]))
+        self._until = self._house.now + self._house.rng.choice([0, 0.1, 1])
+        size = len(members) + 1
+        return {
+            identity: GroupMember(name="g", address="a", port=1, rank=rank, world_size=size, backend="gloo")
+            for rank, (identity, _) in enumerate(members, start=1)
+        }
+
+
 @dataclass
 class Checkpoint:
     state: StreamState
@@ -180,9 +217,20 @@ class House:
     address = "simulated"
 
     def __init__(
-        self, seed: int, batch: int, bound: int, steps: int, utd: int, servers: int, slow: str, weather: set[str]
+        self,
+        seed: int,
+        batch: int,
+        bound: int,
+        steps: int,
+        utd: int,
+        servers: int,
+        slow: str,
+        weather: set[str],
+        publish: str = "together",
+        beside: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
+        self.beside = beside  # training goes on while a version is published
         self.batch, self.bound, self.steps, self.utd, self.weather = batch, bound, steps, utd, sorted(weather)
         self.config = a_config(
             steps=steps,
@@ -190,6 +238,8 @@ class House:
             max_staleness=bound,
             sampling={"max_response_tokens": 50},
             algorithm={"utd": utd, "reuse": "replay"},
+            publish={"swap": "rolling" if publish == "rolling" else "together", "ready_timeout_s": 1},
+            rollout={"swap_timeout_s": 5},
             stream={
                 "ready_batches": self.rng.choice([1, 1, 3]),
                 "heartbeat_s": 0.2,
@@ -199,11 +249,13 @@ class House:
                 "slow": slow,
             },
         )
+        self.broadcaster = Rounds(self) if publish == "broadcast" else None
         self.servers = [Server(f"s{number}") for number in range(servers)]
         self.paper = Paper()
         self.checkpoint: Checkpoint | None = None
         self.contents: list[int] = []
-        self.version = -1
+        self.version = self.published = -1
+        """About to be trained; announced last: training may be ahead."""
         self.made = 0
         self.now = 100.0
         self.calm = 0
@@ -227,10 +279,11 @@ class House:
             state = StreamState(ledger, self.checkpoint.state.held)
             self.contents = list(self.checkpoint.contents)
         self.paper.lines = self.paper.lines[: state.ledger.ledger_bytes if state else 0]
-        self.version = -1
+        self.version = self.published = -1
         self.inbox.clear()
         identity = Identity("agreement", "model", "tokenizer")
-        self.intake = Intake(self.config, self, some_prompts(PROMPTS), identity, cast("Journal", self.paper))
+        journal = cast("Journal", self.paper)
+        self.intake = Intake(self.config, self, some_prompts(PROMPTS), identity, journal, self.broadcaster)
         self.intake._changed = NoWait()
         self.intake.start(state)
         self.intake._thread.join(60)
@@ -251,6 +304,8 @@ class House:
             return self.inbox.popleft()
         if self.version < 0:
             self.begin()
+        elif self.published < self.version and self.rng.random() < 0.2:
+            self.announce()
         elif self.rng.random() < 0.25:
             self.learn()
         elif self.calm > 0 or self.rng.random() < 0.8:
@@ -286,7 +341,7 @@ class House:
         self.end_if_complete()
 
     def announce(self) -> None:
-        version = self.version
+        self.published = version = self.version
         self.intake.announce(WeightsReady(policy_version=version, directory="", manifest=str(self.contents[version])))
         self.inbox.extend((s.identity, a_status()) for s in self.servers if s.welcome and not s.out_of_reach)
 
@@ -307,7 +362,8 @@ class House:
         self.made += 1
         self.contents.append(self.made)
         self.version += 1
-        self.announce()
+        if not (self.beside and self.rng.random() < 0.5) or self.version == self.steps:
+            self.announce()  # else later, unless a newer one overtakes it
         self.perhaps_killed()
         if self.rng.random() < 0.4 or self.version == self.steps:
             state = self.intake.state()
@@ -339,8 +395,9 @@ class House:
             self.say(server, a_hello(server.name, str(server.life), capacity=self.rng.randint(1, 5)))
             return
         doing = self.rng.choice(["swap", "finish", "finish", "resend"])
-        if doing == "swap" and (swapped := server.swap()):
-            self.say(server, swapped)
+        fails = "fail" in self.weather and self.calm <= 0 and self.rng.random() < 0.1
+        if doing == "swap" and (said := server.swap(fails=fails)):
+            self.say(server, said)
         elif doing == "finish" and server.works_on:
             group = server.finish(self.rng.choice(list(server.works_on)))
             if self.rng.random() < 0.7:  # else it is lost on its way, and is sent again
@@ -359,6 +416,10 @@ class House:
             lease = self.rng.choice(list(server.works_on))
             del server.works_on[lease]
             self.say(server, Failed(lease=lease, reason="it did"))
+
+    def quarantine(self, server: Server) -> None:
+        if server.welcome and server.told >= 0 and self.rng.random() < 0.3:
+            self.say(server, server.quarantine())
 
     def part(self, server: Server) -> None:
         """It cannot be reached until the intake has given up on it, or a while less."""
@@ -428,7 +489,7 @@ def run_house(**arguments: Any) -> House:
     return house
 
 
-BAD_WEATHER = ["kill", "part", "die", "leave", "fail", "duplicate"]
+BAD_WEATHER = ["kill", "part", "die", "leave", "fail", "quarantine", "duplicate"]
 
 SCHEDULES = {
     "seed": st.integers(0, 2**32),
@@ -438,6 +499,8 @@ SCHEDULES = {
     "servers": st.integers(1, 4),
     "slow": st.sampled_from(["wait", "drop"]),
     "weather": st.sets(st.sampled_from(BAD_WEATHER)),
+    "publish": st.sampled_from(["together", "rolling", "broadcast"]),
+    "beside": st.booleans(),
 }
 
 
@@ -466,7 +529,7 @@ def test_groups_that_servers_kept_are_adopted_and_never_what_was_rolled_back(mon
     monkeypatch.setattr(Ledger, "objection", counted)
     houses = [
         run_house(
-            seed=seed, batch=2, bound=2, steps=8, utd=1 + seed % 2, servers=3, slow="wait", weather={"kill", "part"}
+            seed=seed, batch=2, bound=3, steps=8, utd=1 + seed % 2, servers=3, slow="wait", weather={"kill", "part"}
         )
         for seed in range(150)
     ]

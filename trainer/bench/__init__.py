@@ -1,0 +1,1 @@
+"""Measurements of parts of the trainer with real engines: `asyncppo bench`."""
