@@ -373,8 +373,8 @@ class RolloutConfig(Section, frozen=True, kw_only=True):
     swap_timeout_s: PositiveFloat = 300.0
     """Each phase of a weight swap must end within this time."""
     self_test: bool = True
-    """At the start, swap weights in the middle of an answer and prove from the log-probs that no stale cache is left; an
-    engine that does not pass is swapped by aborting its requests and resubmitting what they have so far."""
+    """At the start, swap weights in the middle of an answer and prove from the log-probs that no stale cache is left.
+    An engine that does not pass is swapped by aborting its requests and resubmitting what they have so far."""
     connect_timeout_s: PositiveFloat = 600.0
     """A rollout server looks this long for the trainer."""
     spill_mb: Positive = 1024
@@ -386,12 +386,12 @@ class PublishConfig(Section, frozen=True, kw_only=True):
     """New weights, from the trainer to the rollout servers."""
 
     transport: Literal["auto", "disk", "broadcast"] = "auto"
-    """How the bytes travel: as files in `publish.directory`, or from the trainer's process group into the engines. `auto`
-    is disk, unless servers of other hosts may connect (`stream.address`) and the directory is this host's memory."""
+    """How the bytes travel: as files in `publish.directory`, or from the trainer's process group into the engines.
+    `auto` is disk, unless other hosts may connect (`stream.address`) and the directory is this host's memory."""
     directory: str = "/dev/shm"
     """Where versions are written: memory on one host, a shared directory on several."""
     every: Positive = 1
-    """A version is published every so many steps, at most `stream.max_staleness` + 1: staleness counts steps as ever."""
+    """Steps from one published version to the next, at most `stream.max_staleness` + 1: staleness counts steps."""
     swap: Literal["together", "rolling"] = "together"
     """`rolling` lets a quarter of the servers swap at a time, so that the others generate meanwhile (disk only)."""
     address: str | None = None

@@ -92,7 +92,7 @@ STEP_METRICS: dict[str, str] = {
     "time/wait_for_critics_s": "what the critics took longer than that",
     "time/targets_s": "advantages and masks",
     "time/update_s": "optimiser passes of the actor",
-    "time/publish_s": "gathering, writing and announcing the new version",
+    "time/publish_s": "gathering the new version's weights and its probe; it is written and announced beside training",
     "time/checkpoint_s": "saving the checkpoint of the version about to be trained, where one was due",
     "stream/servers": "rollout servers in the pool",
     "stream/in_flight": "groups leased and not yet received",

@@ -158,6 +158,9 @@ def event_line(event: dict[str, Any]) -> str | None:
             return f"rollout server {event['server']} left: {event['reason']}"
         case "refused":
             return f"rollout server {event['server']} was turned away: {event['reason']}"
+        case "swap_failed" if event.get("quarantined"):
+            version = event["policy_version"]
+            return f"{event['server']} is quarantined: its engine answers the probe of version {version} wrongly"
         case "swap_failed":
             return f"{event['server']} could not load version {event['policy_version']}: {event['reason']}"
         case "eval":

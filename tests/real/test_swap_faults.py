@@ -17,25 +17,29 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+import trainer.publish.broadcast
+import trainer.publish.publisher
 from asyncppo.config import Config, dump, from_tree
 from asyncppo.messages import WeightsReady
 from asyncppo.metrics import EVENTS_FILE, read
 from asyncppo.ports import free_port
 from asyncppo.transport.zmq import ZmqHub
-from asyncppo.weights import MANIFEST
+from asyncppo.weights import MANIFEST, checksum
 from tests.real import tiny_engine
 from trainer.bench.check import Checker, samples_of
 from trainer.bench.models import Versions, make_model
 from trainer.bench.session import Session
 from trainer.model.policy import Policy
 from trainer.model.world import World
+from trainer.publish.broadcast import BroadcastTransport, plan
 from trainer.stream.prompts import Prompt
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
@@ -54,18 +58,25 @@ processes.set_forkserver_preload(["pytest", "tests.real.tiny_engine"])  # what a
 class Cluster:
     """A trainer that learns nothing, and servers that fail as they are told."""
 
-    def __init__(self, model: Path, directory: Path, transport: str, **publish: Any) -> None:
+    def __init__(self, model: Path, directory: Path, transport: str) -> None:
         self.directory = directory
-        self.config = a_config(model, directory, transport, publish)
+        self.config = a_config(model, directory, transport)
         (directory / "config.yaml").write_bytes(dump(self.config))
+        self.session: Session
+        self._hub: ZmqHub
+        self._servers: dict[str, BaseProcess] = {}
+        self._version = 0
+
+    def open(self, config: Config | None = None) -> Self:
+        """The trainer; of a config that somebody else has made, or of this cluster's own."""
+        self.config = config or self.config
         self._hub = ZmqHub(self.config.stream.address)
         world = World()
         policy = Policy(self.config, world)
         versions = Versions(dict(policy.network.hf.named_parameters()))
         prompts = [Prompt(f"p{n}", np.arange(10, 18, dtype=np.int32) + n, "0") for n in range(50)]
         self.session = Session(self.config, world, policy, versions, prompts, self._hub, requests=2)
-        self._servers: dict[str, BaseProcess] = {}
-        self._version = 0
+        return self
 
     def start(self, *names: str, fault: str = "") -> None:
         """Servers; all of them get the fault."""
@@ -147,7 +158,7 @@ class Cluster:
         self._hub.close()
 
 
-def a_config(model: Path, directory: Path, transport: str, publish: dict[str, Any]) -> Config:
+def a_config(model: Path, directory: Path, transport: str) -> Config:
     return from_tree(
         {
             "run": {"name": "run", "directory": str(directory), "steps": 100_000, "save_every": 0},
@@ -164,7 +175,7 @@ def a_config(model: Path, directory: Path, transport: str, publish: dict[str, An
                 "batch_timeout_s": PATIENCE_S,
             },
             "rollout": {"max_groups": 2, "dtype": "float32", "swap_timeout_s": LIMIT_S, "start_timeout_s": 30},
-            "publish": {"directory": str(directory), "transport": transport, "ready_timeout_s": 0.5, **publish},
+            "publish": {"directory": str(directory), "transport": transport, "ready_timeout_s": 0.5},
         }
     )
 
@@ -179,7 +190,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["disk", "broadcast"])
 def cluster(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Iterator[Cluster]:
     """On either transport; what it has generated is checked at the end."""
-    opened = Cluster(model, tmp_path, request.param)
+    opened = Cluster(model, tmp_path, request.param).open()
+    try:
+        yield opened
+        opened.check(model)
+    finally:
+        opened.close()
+
+
+@pytest.fixture
+def broadcast(model: Path, tmp_path: Path) -> Iterator[Cluster]:
+    opened = Cluster(model, tmp_path, "broadcast").open()
     try:
         yield opened
         opened.check(model)
@@ -189,7 +210,7 @@ def cluster(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Iter
 
 @pytest.fixture
 def disk(model: Path, tmp_path: Path) -> Iterator[Cluster]:
-    opened = Cluster(model, tmp_path, "disk")
+    opened = Cluster(model, tmp_path, "disk").open()
     try:
         yield opened
         opened.check(model)
@@ -233,30 +254,68 @@ def test_a_server_that_hangs_is_late_alone_and_catches_up(cluster: Cluster) -> N
     cluster.generates_more()
 
 
-def test_a_server_that_is_stopped_holds_nobody_up_and_swaps_when_it_is_back(cluster: Cluster) -> None:
-    cluster.start("bob")
-    cluster.start("alice", fault="stop:load:2")
-    cluster.publish(0)
-    cluster.serves(0, "alice", "bob")
-    cluster.publish(1)
-    cluster.serves(1, "bob")
-    cluster.publish(2)
-    cluster.serves(2, "bob")
-    cluster.send("alice", signal.SIGCONT)
-    cluster.serves(2, "alice")
+def test_a_server_that_is_stopped_in_a_broadcast_holds_nobody_up_and_swaps_when_it_is_back(broadcast: Cluster) -> None:
+    broadcast.start("bob")
+    broadcast.start("alice", fault="stop:bucket:2")
+    broadcast.publish(0)
+    broadcast.serves(0, "alice", "bob")
+    broadcast.publish(1)
+    broadcast.serves(1, "bob")
+    broadcast.publish(2)
+    broadcast.serves(2, "bob")
+    broadcast.send("alice", signal.SIGCONT)
+    broadcast.serves(2, "alice")
 
 
-def test_a_server_that_refuses_a_version_keeps_the_old_one_and_tries_again(cluster: Cluster) -> None:
-    cluster.start("bob")
-    cluster.start("alice", fault="fail:load:2")
+def test_a_server_that_refuses_a_version_keeps_the_old_one_and_tries_again(disk: Cluster) -> None:
+    disk.start("bob")
+    disk.start("alice", fault="fail:pause:2")
+    disk.publish(0)
+    disk.serves(0, "alice", "bob")
+    disk.publish(1)
+    disk.serves(1, "bob")
+    disk.until("a failed swap", lambda: disk.events("swap_failed"))
+    assert "as told, it fails at pause" in str(disk.events("swap_failed"))
+    disk.generates_more()
+    disk.serves(1, "alice")
+
+
+def killed_in_a_broadcast(directory: Path, config: Config, model: Path) -> None:
+    """A trainer that is killed when the second bucket of version 1 is on its way."""
+    cluster = Cluster(model, directory, "broadcast").open(config)
     cluster.publish(0)
     cluster.serves(0, "alice", "bob")
+    arrive = BroadcastTransport._arrive
+
+    def arrive_or_die(self: BroadcastTransport, work: object, deadline: float, number: int) -> None:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        arrive(self, work, deadline, number)
+
+    BroadcastTransport._arrive = arrive_or_die  # type: ignore[method-assign]
+    trainer.publish.broadcast.plan = lambda weights, _: plan(weights, 20_000)
     cluster.publish(1)
-    cluster.serves(1, "bob")
-    cluster.until("a failed swap", lambda: cluster.events("swap_failed"))
-    assert "as told, it fails at load" in str(cluster.events("swap_failed"))
-    cluster.serves(1, "alice")
-    cluster.generates_more()
+    time.sleep(PATIENCE_S)
+
+
+def test_a_trainer_that_is_killed_in_a_broadcast_leaves_servers_that_the_next_one_finds(
+    model: Path, tmp_path: Path
+) -> None:
+    cluster = Cluster(model, tmp_path, "broadcast")
+    cluster.start("alice", "bob")
+    other = tmp_path / "other"
+    other.mkdir()
+    first = processes.Process(target=killed_in_a_broadcast, args=(other, cluster.config, model), daemon=True)
+    first.start()
+    first.join(2 * PATIENCE_S)
+    assert first.exitcode == -signal.SIGKILL
+    try:
+        cluster.open().publish(1)
+        cluster.serves(1, "alice", "bob")
+        cluster.generates_more()
+        cluster.check(model)
+    finally:
+        cluster.close()
 
 
 def test_an_engine_that_says_it_has_loaded_and_has_not_is_seen_by_the_probe(cluster: Cluster) -> None:
@@ -337,10 +396,6 @@ def test_a_corrupted_shard_is_never_loaded(disk: Cluster) -> None:
 
 def test_files_of_another_dtype_than_the_manifest_says_are_never_loaded(disk: Cluster) -> None:
     def retype(weights: WeightsReady) -> WeightsReady:
-        import torch
-
-        from asyncppo.weights import checksum
-
         directory = Path(weights.directory)
         shard, manifest = directory / "model.safetensors", directory / MANIFEST
         before = checksum(shard)
@@ -363,8 +418,6 @@ def test_files_of_another_dtype_than_the_manifest_says_are_never_loaded(disk: Cl
 
 
 def test_a_full_disk_delays_a_version_and_stops_nobody(disk: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trainer.publish.publisher
-
     monkeypatch.setattr(trainer.publish.publisher, "PAUSE_S", 0.2)
     disk.start("alice")
     disk.publish(0)
