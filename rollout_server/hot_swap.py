@@ -77,12 +77,13 @@ class HotSwap:
         self._prepared_at = self._prepare_s = 0.0
         self._announcements = self._answered = 0  # heard, and heard when Prepared was said last
         self._told: tuple[WeightsReady, Swap] | None = None  # what is loaded now, whatever is announced meanwhile
-        self._member: GroupMember | None = None  # its place in the last round: said twice it is no other round
+        self._last_turn: Swap | None = None  # said twice it is no other round
         self._declined: deque[Swap] = deque()  # others take part in it, and must not wait for this server
         self._good: WeightsReady | None = None  # what the engine served last
         self._bad: WeightsReady | None = None  # what is not loaded any more, as long as nothing else was announced
         self._failures: Counter[tuple[int, str]] = Counter()  # loads that failed, by (version, manifest)
         self._group, self._lost_group = "", ""  # the process group of the last broadcast; one of before a restart
+        self._verifying: asyncio.Future[weights.Manifest] | None = None  # also after its limit
         self._changed = asyncio.Event()
         self._engine_lock = asyncio.Lock()
         self._seconds: dict[_Phase, float] = {}
@@ -119,7 +120,8 @@ class HotSwap:
             self._bad = None
         self._announced = ready
         self._announcements += 1
-        if self._pending is None or not _same(ready, self._pending):  # one that is being prepared goes on
+        going_on = self._pending is not None and _same(ready, self._pending) and ready.buckets == self._pending.buckets
+        if not going_on:  # what is being prepared goes on, unless another trainer cuts the same weights into other buckets
             self._pending = ready
         self._changed.set()
 
@@ -128,8 +130,8 @@ class HotSwap:
         wanted = self._prepared
         prepared = wanted is not None and wanted is self._pending and _key(swap) == _key(wanted)
         if wanted is not None and prepared and not self._told and bool(wanted.directory) == (swap.member is None):
-            self._told, self._member = (wanted, swap), swap.member
-        elif swap.member is not None and swap.member != self._member:
+            self._told, self._last_turn = (wanted, swap), swap
+        elif swap.member is not None and not _same_turn(swap, self._last_turn):
             self._declined.append(swap)
         else:
             log.info("ignored: Swap to version %d, which is not what is prepared", swap.policy_version)
@@ -137,8 +139,7 @@ class HotSwap:
 
     def engine_lost(self) -> None:
         """The engine is down and is about to be restarted."""
-        self.serving, self.needs_restart = False, True
-        self._note()
+        self._distrust(restart=True)  # what still runs (in an engine that was only attached) is of nobody knows what
 
     def engine_restarted(self) -> None:
         """The engine has its starting weights: load what was announced last, or what worked last where that would not.
@@ -242,7 +243,8 @@ class HotSwap:
             self._done_with(wanted)
             return _confirmed(wanted)
         served_before = _same(wanted, self._good) and bool(wanted.directory)
-        if _same(wanted, self._bad) and not served_before:
+        has_other = self.serving or (self._good is not None and bool(self._good.directory))
+        if _same(wanted, self._bad) and not served_before and has_other:
             return self._failed(wanted, "it could not be loaded before: it waits for another version")
         if self._prepared is not wanted:
             await self._prepare(wanted)
@@ -266,8 +268,12 @@ class HotSwap:
         if tokens and logprobs != tokens - 1:
             raise WeightsError(f"version {version} has a probe of {tokens} tokens with {logprobs} log-probs")
         if wanted.directory:
+            if self._verifying is not None and not self._verifying.done():  # a thread cannot be ended
+                raise WeightsError(f"{wanted.directory}: an earlier version is still being read: does its disk hang?")
             verified = asyncio.to_thread(weights.verify, Path(wanted.directory), version, wanted.manifest)
-            await self._limited(f"the checksums of version {version}", verified)
+            self._verifying = reading = asyncio.ensure_future(verified)
+            reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait any more
+            await self._limited(f"the checksums of version {version}", asyncio.shield(reading))
         else:
             async with self._engine_lock:
                 if not await self._limited("the engine to say that it is well", self._engine.healthy()):
@@ -392,6 +398,8 @@ class HotSwap:
             await self._phase("resume_s", "the engine to resume", self._engine.resume())
             return await self._probe(wanted)
         except EngineError:  # nobody knows what its tokens are worth
+            if self._count_failure(wanted) >= LOADS_THAT_KILL:
+                self._set_bad(wanted)
             self._distrust(restart=True)
             raise
 
@@ -427,6 +435,8 @@ class HotSwap:
 
     def _failed(self, wanted: WeightsReady, reason: str) -> SwapFailed:
         self._done_with(wanted)
+        if _same(wanted, self._good) and not _same(wanted, self._announced) and not self.needs_restart:
+            self._good = None  # there is nothing to fall back to: what was announced may be tried again
         has_nothing = self._engine.policy_version == UNLOADED and not self.needs_restart
         if self._pending is None and has_nothing and self._good and not _same(self._good, wanted):
             self._pending = self._good if self._good.directory else None
@@ -465,6 +475,11 @@ def _same(one: WeightsReady | None, other: WeightsReady | None) -> bool:
     if one is None or other is None:
         return one is other
     return _key(one) == _key(other)
+
+
+def _same_turn(one: Swap, other: Swap | None) -> bool:
+    """A process group outlives its rounds: the place in it alone says nothing."""
+    return other is not None and (_key(one), one.member) == (_key(other), other.member)
 
 
 def _confirmed(ready: WeightsReady) -> Swapped:

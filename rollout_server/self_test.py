@@ -112,6 +112,7 @@ class _Trial:
         prompt = (np.arange(1, max(2, min(_PROMPT, room // 4)) + 1) * 7 % self.vocabulary).astype(np.int32)
         asked = SamplingConfig(max_response_tokens=max(1, min(_ANSWER, room - prompt.size)))
         count = min(_ANSWERS, rollout.max_groups * sampling.group_size)
+        await self._swap(self.old, UNLOADED)  # an engine that was attached to may have another version's
         started = time.monotonic()
         calm = (await self.engine.generate(prompt, count, asked))[0]  # the first requests compile kernels
         duration = time.monotonic() - started

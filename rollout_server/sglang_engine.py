@@ -168,6 +168,7 @@ def child_arguments(config: Config, model: str, device: str, port: int) -> list[
         "dtype": rollout.dtype,
         "tp_size": rollout.tensor_parallel,
         "weight_version": UNLOADED,
+        "enable_priority_scheduling": True,  # for `score`: else it waits behind all that a swap has retracted
         "log_level_http": "warning",
     }
     if device == "cpu":
@@ -497,14 +498,14 @@ class SGLangEngine:
         self._version, self._lost = policy_version, ""
 
     async def _read(self, directory: Path, policy_version: int) -> None:
-        if not directory.is_dir():
+        if not os.path.isdir(directory):  # also where it cannot be looked at
             self._lost = ""
             raise EngineError(f"{directory}, weights of version {policy_version}: there is no such directory")
         # Whatever it refuses after this leaves the engine lost: SGLang rolls back by reading the same files again.
         await self._command(
             "/update_weights_from_disk",
             {
-                "model_path": str(directory.resolve()),
+                "model_path": os.path.realpath(directory),
                 "weight_version": str(policy_version),
                 "abort_all_requests": False,
                 "flush_cache": True,
@@ -574,6 +575,7 @@ class SGLangEngine:
             "input_ids": [tokens],
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
+            "priority": 0,  # before all others, which have none
             "logprob_start_len": 0,
             # nothing cached is used, and nothing that it leaves in the cache can match
             "extra_key": f"score.{uuid.uuid4().hex}",
@@ -721,7 +723,7 @@ class SGLangEngine:
         if self._session is None:
             raise EngineError("SGLang is not started")
         try:
-            timeout = aiohttp.ClientTimeout(total=timeout_s)
+            timeout = aiohttp.ClientTimeout(total=max(timeout_s, 1e-3))
             async with self._session.request(method, self._url + path, json=body, timeout=timeout) as reply:
                 content = await reply.read()
         except TimeoutError:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 import trainer.publish.broadcast
 import trainer.publish.publisher
 from asyncppo.config import Config, dump, from_tree
-from asyncppo.messages import WeightsReady
+from asyncppo.messages import Bucket, WeightsReady
 from asyncppo.metrics import EVENTS_FILE, read
 from asyncppo.ports import free_port
 from asyncppo.transport.zmq import ZmqHub
@@ -40,6 +40,7 @@ from trainer.bench.session import Session
 from trainer.model.policy import Policy
 from trainer.model.world import World
 from trainer.publish.broadcast import BroadcastTransport, plan
+from trainer.publish.publisher import Weights
 from trainer.stream.prompts import Prompt
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
@@ -280,8 +281,14 @@ def test_a_server_that_refuses_a_version_keeps_the_old_one_and_tries_again(disk:
     disk.serves(1, "alice")
 
 
+def small_buckets(weights: Weights, _: int) -> list[Bucket]:
+    """So many that there is a middle."""
+    return plan(weights, 20_000)
+
+
 def killed_in_a_broadcast(directory: Path, config: Config, model: Path) -> None:
     """A trainer that is killed when the second bucket of version 1 is on its way."""
+    trainer.publish.broadcast.plan = small_buckets
     cluster = Cluster(model, directory, "broadcast").open(config)
     cluster.publish(0)
     cluster.serves(0, "alice", "bob")
@@ -293,14 +300,13 @@ def killed_in_a_broadcast(directory: Path, config: Config, model: Path) -> None:
         arrive(self, work, deadline, number)
 
     BroadcastTransport._arrive = arrive_or_die  # type: ignore[method-assign]
-    trainer.publish.broadcast.plan = lambda weights, _: plan(weights, 20_000)
     cluster.publish(1)
     time.sleep(PATIENCE_S)
 
 
 def test_a_trainer_that_is_killed_in_a_broadcast_leaves_servers_that_the_next_one_finds(
     model: Path, tmp_path: Path
-) -> None:
+) -> None:  # which cuts the same version into other buckets
     cluster = Cluster(model, tmp_path, "broadcast")
     cluster.start("alice", "bob")
     other = tmp_path / "other"

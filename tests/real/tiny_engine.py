@@ -39,6 +39,8 @@ from rollout_server.reward import Grader
 TOKEN_S = 0.004
 TOKENS = 24
 """Of a response."""
+SCORE_S = 0.2
+"""A probe takes longer than a whole response: what leaves before it has passed would be seen."""
 
 Phase = Literal["prepare", "prepared", "pause", "load", "bucket", "loaded", "resume", "score", "swapped"]
 
@@ -149,6 +151,7 @@ class TinyEngine:
         await self._faults.at("score")
         if not self._running.is_set():
             raise EngineError("it is paused")
+        await asyncio.sleep(SCORE_S)
         return self._score(ids)
 
     async def load(self, weights: Path | Broadcast, policy_version: int) -> None:

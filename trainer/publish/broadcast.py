@@ -39,6 +39,7 @@ log = logging.getLogger("asyncppo.publish")
 
 _TICK_S = 0.5
 _POLL_S = 0.001
+_LEAVE_S = 2.0
 _CLOSE_S = 10.0
 """The thread ends within this time, or is left behind."""
 _SPARE = 4.0
@@ -223,6 +224,7 @@ class BroadcastTransport:
     def _run(self) -> None:
         if self._backend == "nccl":
             torch.cuda.set_device(self._device)
+        leaving: list[threading.Thread] = []
         while True:
             with self._changed:
                 while self._round is None and not self._closing:
@@ -231,18 +233,19 @@ class BroadcastTransport:
                     break
                 held, group = self._round
                 ended, self._ended = self._ended, []
-            for old in ended:
-                _leave(old)
+            leaving = [thread for thread in leaving if thread.is_alive()] + [_leave(old) for old in ended]
             failed = self._send_or_fail(held, group)
             with self._changed:
                 self._round = None
                 if failed and self._group is group:
                     self._group = None
             if failed:
-                _leave(group)
+                leaving.append(_leave(group))
             del held, group
-        for left in [*self._ended, *([self._group] if self._group else [])]:
-            _leave(left)
+        leaving += [_leave(left) for left in [*self._ended, *([self._group] if self._group else [])]]
+        give_up_at = time.monotonic() + _LEAVE_S
+        for thread in leaving:  # a process that ends while gloo is ending its threads is aborted; one that hangs is not
+            thread.join(max(0.0, give_up_at - time.monotonic()))
 
     def _send_or_fail(self, held: _Held, group: _Group) -> bool:
         """Whether it failed. The members say so themselves, and the pool tells them again; here it is only said why."""
@@ -383,6 +386,8 @@ def _prefixed(store: TCPStore, name: str, device: str) -> PrefixStore:
     return PrefixStore(f"{device}/", PrefixStore(f"{name}/", PrefixStore(name, store)))
 
 
-def _leave(group: _Group) -> None:
+def _leave(group: _Group) -> threading.Thread:
     """Leave a group in a thread of its own: the end of one whose operation hangs waits for that operation's timeout."""
-    threading.Thread(target=group.end, name=f"end of {group.name}", daemon=True).start()
+    thread = threading.Thread(target=group.end, name=f"end of {group.name}", daemon=True)
+    thread.start()
+    return thread

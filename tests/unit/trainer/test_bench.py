@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from asyncppo.errors import EngineError, MessageError, ModelError
 from tests.stream_maker import a_buffered, a_group, a_hello, a_status
+from trainer.bench.__main__ import app as bench_app
 from trainer.bench.bandwidth import copy_bandwidth, loopback_bandwidth
 from trainer.bench.check import Checker, Sample, samples_of
 from trainer.bench.models import Versions, make_model
@@ -19,6 +23,7 @@ from trainer.bench.swap import Plan, Servers, config_of
 
 pytestmark = pytest.mark.unit
 
+ROOT = Path(__file__).parents[3]
 PROMPT = np.array([11, 12, 13], np.int32)
 
 
@@ -145,3 +150,37 @@ def test_bandwidths_are_those_of_a_copy(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_bytes(bytes(1 << 20))
     assert 1e7 < copy_bandwidth(tmp_path) < 1e12
     assert 1e7 < loopback_bandwidth() < 1e12
+
+
+def test_the_command_becomes_the_bench_in_the_trainers_environment(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    interpreters = {"ASYNCPPO_TRAINER_PYTHON": str(python), "ASYNCPPO_ROLLOUT_PYTHON": str(python)}
+    arguments = ["bench", "swap", "--sizes", "4B", "--swaps", "200", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "asyncppo.cli", *arguments], cwd=ROOT, env=os.environ | interpreters, capture_output=True
+    )
+    said = done.stdout.decode()
+    assert said.startswith(f"-m trainer.bench --rollout {python} --sizes 4B --transports disk,broadcast"), said
+    assert "--swaps 200" in said
+    assert said.endswith("--json\n")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--transports", "disk,pigeon"], "error: --transports disk,pigeon: expected disk, broadcast, or both"),
+        (["--requests", "1,0"], "error: --requests 1,0: expected whole numbers from 1 up"),
+        (["--sizes", "3M"], "error: there is no random model of size 3M"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_and_exit_code_2(
+    wrong: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.bench.__main__.set_up_logging", lambda who: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        bench_app(["--rollout", "python", *wrong])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(message)
