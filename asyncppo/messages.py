@@ -235,7 +235,10 @@ class Swapped(Message, frozen=True, kw_only=True):
 
 
 class SwapFailed(Message, frozen=True, kw_only=True):
-    """The engine keeps its old version; the server will try again with the next one, or when this one comes again."""
+    """The engine keeps its old version, unless it is quarantined or has to be restarted, when it serves none.
+
+    The server tries again with the next version, or when this one is announced again.
+    """
 
     policy_version: Published
     reason: Text
@@ -331,7 +334,11 @@ class GroupMember(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Swap(Message, frozen=True, kw_only=True):
-    """Load what you are prepared for: pause, load, resume, probe. One for another version is out of date: ignore it."""
+    """Load what you are prepared for: pause, load, resume, probe.
+
+    One for anything else is out of date. It is ignored, unless it is of a broadcast: then it is declined with
+    SwapFailed, as the round's other members would wait.
+    """
 
     policy_version: Published
     manifest: str

@@ -121,7 +121,9 @@ class HotSwap:
         self._announced = ready
         self._announcements += 1
         going_on = self._pending is not None and _same(ready, self._pending) and ready.buckets == self._pending.buckets
-        if not going_on:  # what is being prepared goes on, unless another trainer cuts the same weights into other buckets
+        if (
+            not going_on
+        ):  # what is being prepared goes on, unless another trainer cuts the same weights into other buckets
             self._pending = ready
         self._changed.set()
 

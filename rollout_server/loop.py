@@ -550,7 +550,8 @@ class RolloutServer:
 
         consumes    the engine's health, and the suspicion of those who saw it fail
         produces    an engine that lives; `HotSwap` gives it its weights back
-        waits for   Welcome, as long as `_saying_hello` does; then an interval or a suspicion
+        waits for   Welcome, as long as `_saying_hello` does; the engine's start and its self-test, each with its
+                    limit; then an interval or a suspicion
         """
         await self._welcomed.wait()
         await self._bring_up(self._engine.start)
@@ -584,6 +585,8 @@ class RolloutServer:
                 f"waited {limit:g} s for the self-test of {self._engine.description} (rollout.start_timeout_s, "
                 "rollout.swap_timeout_s): its log may say why; rollout.self_test=false starts without it"
             ) from None
+        if self._engine.description != self._hello.engine:
+            self._say_hello_again(f"its engine is now {self._engine.description}")
 
     async def _restart_engine(self) -> None:
         self._swap.engine_lost()

@@ -2,7 +2,7 @@
 
     answers begin ▶ swap to weights with another value of one tensor ▶ answers end ▶ score ▶ swap back ▶ score again
 
-Each token's log-prob must be the one that `Engine.score` gives it under the weights that its span names: `score` uses
+Tokens must have the log-probs that `Engine.score` gives them under the weights that their spans name: `score` uses
 nothing cached. An engine that kept a part of its cache over the swap, or labels its tokens wrongly, is found out. The
 tensor is the norm before the first attention, for it changes every key and value; a file with it alone is a swap of a
 few kilobytes, whatever the model's size.
@@ -42,7 +42,7 @@ _PROMPT = 32
 _ANSWER = 128
 _ANSWERS = 4
 _FRESH = 8
-"""Tokens of an answer that begins after the swap, with a prompt that was cached before it."""
+"""Tokens of the answers that begin after the swap, with a prompt that was cached before it."""
 _LONG = 16
 """An answer of so many tokens that a swap met after a third of its time has some of either version."""
 _TRIES = 8
@@ -135,10 +135,10 @@ class _Trial:
                 answering.cancel()
             crossed = crossed or (met and max(answer.ids.size for answer in answers) >= _LONG)
             answers = [answer for answer in answers if len(answer.spans) > 1]
-            fresh = await self.engine.generate(prompt, 1, SamplingConfig(max_response_tokens=_FRESH))
-            seen = await self._judge(prompt, [*answers, *fresh], noise)
-            if fresh[0].spans[0][0] != OTHER:
-                seen.append(f"an answer that began under version {OTHER} bears version {fresh[0].spans[0][0]}")
+            fresh = await self.engine.generate(prompt, count, SamplingConfig(max_response_tokens=_FRESH))
+            seen = await self._judge(prompt, answers, fresh, noise)
+            for version in {answer.spans[0][0] for answer in fresh} - {OTHER}:
+                seen.append(f"an answer that began under version {OTHER} bears version {version}")
             if (gap := _gap(await self._score(prompt, calm), before)) > _TOLERANCE[rollout.dtype]:
                 seen.append(f"with the first weights loaded again, log-probs differ by {gap:.2g} nats")
             if answers or seen:
@@ -148,12 +148,17 @@ class _Trial:
         log.warning("the self-test of swaps tells nothing: no answer was in progress in %d tries", _TRIES)
         return ""
 
-    async def _judge(self, prompt: Int32, answers: Sequence[Response], noise: float) -> list[str]:
+    async def _judge(
+        self, prompt: Int32, crossed: Sequence[Response], fresh: Sequence[Response], noise: float
+    ) -> list[str]:
         """What is wrong with these answers. The engine has the new weights, and afterwards it has the old ones.
 
         Args:
+            crossed: began before the swap.
+            fresh: began after it. Judged apart: they are short, and would vanish among the others.
             noise: mean |difference| in nats of an answer that no swap met.
         """
+        answers = [*crossed, *fresh]
         news = [await self._score(prompt, answer) for answer in answers]
         await self._swap(self.old, UNLOADED)
         olds = [await self._score(prompt, answer) for answer in answers]
@@ -168,10 +173,9 @@ class _Trial:
                 difference,
                 noise,
             )
-        wrong = []
-        for answer, old, new in zip(answers, olds, news, strict=True):
-            wrong += _wrong_spans(answer, {UNLOADED: old, OTHER: new}, tolerance)
-        return wrong
+        judged = [(answer, {UNLOADED: old, OTHER: new}) for answer, old, new in zip(answers, olds, news, strict=True)]
+        split = len(crossed)
+        return [*_wrong_versions(judged[:split], tolerance), *_wrong_versions(judged[split:], tolerance)]
 
     async def _score(self, prompt: Int32, answer: Response) -> Float32:
         """Log-probs of the answer's tokens."""
@@ -183,18 +187,31 @@ class _Trial:
         await self.engine.resume()
 
 
-def _wrong_spans(answer: Response, scores: dict[int, Float32], tolerance: float) -> list[str]:
-    """What is said of the spans whose log-probs are not those of the version that they name."""
-    wrong, start = [], 0
-    for version, tokens in answer.spans:
-        span = slice(start, start + tokens)
-        start += tokens
-        if version not in scores:
-            wrong.append(f"tokens bear version {version}, expected {' or '.join(map(str, scores))}")
-        elif (gap := _gap(answer.logprobs[span], scores[version][span])) > tolerance:
+def _wrong_versions(answers: Sequence[tuple[Response, dict[int, Float32]]], tolerance: float) -> list[str]:
+    """What is said of a version whose tokens have other log-probs than its weights give them.
+
+    Its tokens are taken together: one alone may be further off than the tolerance, which is of a mean, by noise.
+
+    Args:
+        answers: each with its scores by version.
+    """
+    wrong = []
+    gaps: dict[int, list[Float32]] = {}
+    for answer, scores in answers:
+        start = 0
+        for version, tokens in answer.spans:
+            span = slice(start, start + tokens)
+            start += tokens
+            if version in scores:
+                gaps.setdefault(version, []).append(np.abs(answer.logprobs[span] - scores[version][span]))
+            else:
+                wrong.append(f"tokens bear version {version}, expected {' or '.join(map(str, scores))}")
+    for version, parts in gaps.items():
+        differences = np.concatenate(parts)
+        if (gap := float(differences.mean())) > tolerance:
             wrong.append(
-                f"{tokens} tokens of version {version} have log-probs that differ by {gap:.2g} nats from those of its "
-                f"weights, expected at most {tolerance:g}"
+                f"{differences.size} tokens of version {version} have log-probs that differ by {gap:.2g} nats from "
+                f"those of its weights, expected at most {tolerance:g}"
             )
     return wrong
 

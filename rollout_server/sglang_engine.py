@@ -53,6 +53,10 @@ _SOON_S = 0.05
 """Between two looks at something that holds up a swap."""
 _CONNECT_S = 5.0
 """A trainer that broadcasts accepts a connection within this time."""
+_LEAST_S = 1e-3
+"""Where a deadline has passed: aiohttp takes 0 s, and less, as no limit."""
+_KNOWS_PRIORITIES = ("fcfs", "lof")
+"""SGLang's schedule policies that go with priorities; it does not start with another one and them."""
 _LOG_LINES = 15
 
 
@@ -157,7 +161,8 @@ def child_arguments(config: Config, model: str, device: str, port: int) -> list[
         ConfigError: `rollout.engine_args` has an argument that the rollout server sets.
     """
     rollout = config.rollout
-    ours = _OURS & {key.replace("-", "_") for key in rollout.engine_args}
+    theirs = {key.replace("-", "_"): value for key, value in rollout.engine_args.items()}
+    ours = _OURS & theirs.keys()
     if ours:
         raise ConfigError(f"rollout.engine_args.{min(ours)}: the rollout server sets this itself; leave it out")
     settings: dict[str, str | int | float | bool] = {
@@ -168,7 +173,8 @@ def child_arguments(config: Config, model: str, device: str, port: int) -> list[
         "dtype": rollout.dtype,
         "tp_size": rollout.tensor_parallel,
         "weight_version": UNLOADED,
-        "enable_priority_scheduling": True,  # for `score`: else it waits behind all that a swap has retracted
+        # for `score`, which would wait behind all that a swap has retracted
+        "enable_priority_scheduling": theirs.get("schedule_policy", "fcfs") in _KNOWS_PRIORITIES,
         "log_level_http": "warning",
     }
     if device == "cpu":
@@ -181,7 +187,7 @@ def child_arguments(config: Config, model: str, device: str, port: int) -> list[
             "skip_server_warmup": True,
             "sleep_on_idle": True,  # else its scheduler keeps a core busy with waiting, which others here could use
         }
-    settings |= {key.replace("-", "_"): value for key, value in rollout.engine_args.items()}
+    settings |= theirs
     arguments = []
     for key, value in settings.items():
         flag = "--" + key.replace("_", "-")
@@ -575,7 +581,7 @@ class SGLangEngine:
             "input_ids": [tokens],
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
-            "priority": 0,  # before all others, which have none
+            "priority": 0,  # before all others, which have none, and in the place of one that runs
             "logprob_start_len": 0,
             # nothing cached is used, and nothing that it leaves in the cache can match
             "extra_key": f"score.{uuid.uuid4().hex}",
@@ -723,7 +729,7 @@ class SGLangEngine:
         if self._session is None:
             raise EngineError("SGLang is not started")
         try:
-            timeout = aiohttp.ClientTimeout(total=max(timeout_s, 1e-3))
+            timeout = aiohttp.ClientTimeout(total=max(timeout_s, _LEAST_S))
             async with self._session.request(method, self._url + path, json=body, timeout=timeout) as reply:
                 content = await reply.read()
         except TimeoutError:

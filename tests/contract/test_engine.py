@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "0123456789abcdef"
 LONG = 400
 """Tokens of a response that a swap finds in progress."""
+AT_ONCE = 8
+"""Responses that the real SGLang generates at once; others wait."""
 PROMPT = np.array([1, 50, 60, 70, 80, 90], np.int32)
 
 
@@ -147,6 +149,7 @@ def a_config(model: Path, tensor_parallel: int = 1) -> Config:
                 "max_groups": 8,
                 "start_timeout_s": 240,
                 "tensor_parallel": tensor_parallel,
+                "engine_args": {"max_running_requests": AT_ONCE},
             },
         }
     )
@@ -574,6 +577,46 @@ def test_a_broadcast_without_a_trainer_is_an_error_in_seconds_and_the_old_weight
             await engine.resume()
             assert (engine.policy_version, await engine.healthy()) == (1, True)
             np.testing.assert_array_equal(await engine.score(PROMPT), before)
+
+    run(scenario())
+
+
+class ScoresInTurn(SGLangEngine):
+    """An SGLang whose scores are requests like all others."""
+
+    async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> bytes:
+        return await super()._post(path, {key: body[key] for key in body if key != "priority"}, timeout_s)
+
+
+@pytest.mark.real
+def test_a_score_waits_for_none_of_the_responses_that_a_swap_has_retracted_and_spoils_none(
+    sglang: Kind, sglang_url: tuple[str, Path], quick_base: Path
+) -> None:
+    url, log = sglang_url
+    model = quick_base / "actor"
+    in_turn = Kind(lambda: ScoresInTurn(a_config(model), str(model), log, url), sglang.weights, True, sglang.sender)
+
+    async def scenario() -> None:
+        async with started(sglang) as engine, started(in_turn) as other:
+            await swap(sglang, engine, 2)
+            expected = await engine.score(PROMPT)
+            await swap(sglang, engine, 1)
+            sampling = SamplingConfig(max_response_tokens=LONG)
+            groups = [asyncio.create_task(engine.generate(PROMPT, AT_ONCE, sampling)) for _ in range(3)]
+            await asyncio.sleep(0.5)
+            await swap(sglang, engine, 2)
+            waiting = asyncio.create_task(other.score(PROMPT))
+            await asyncio.sleep(0.1)  # its turn comes after all these responses
+            for _ in range(4):  # whatever runs makes room
+                np.testing.assert_allclose(await engine.score(PROMPT), expected, atol=1e-5)
+                assert not waiting.done()
+                await asyncio.sleep(0.05)
+            responses = [response for group in groups for response in await group]
+            np.testing.assert_allclose(await waiting, expected, atol=1e-5)
+        assert len(responses) == 3 * AT_ONCE
+        check(responses, LONG)
+        for response in responses:
+            assert np.abs(response.logprobs - expected_logprobs(sglang, response)).max() < 1e-4
 
     run(scenario())
 
