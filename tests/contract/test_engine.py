@@ -321,12 +321,14 @@ def test_logprobs_are_those_of_the_spans_weights_at_the_temperature_and_before_t
 ) -> None:
     async def scenario() -> None:
         async with started(sglang) as engine:
+            differences = []
             for response in await swapped_in_progress(sglang, engine, sampling):
                 old, new = (logprobs_of(sglang.weights(version), response, sampling.temperature) for version in (1, 2))
                 before = sum(tokens for version, tokens in response.spans if version == 1)
                 expected = np.concatenate([old[:before], new[before:]])
                 assert np.abs(response.logprobs - expected).max() < 1e-4
-                assert np.abs(old - new).max() > 0.01  # the claim is not empty
+                differences.append(np.abs(old - new).max())
+            assert max(differences) > 0.01  # the claim is not empty; a response of one token may differ by less
 
     run(scenario())
 
