@@ -14,4 +14,5 @@ echo "style: ruff"
 echo "types: mypy --strict"
 "$bin/mypy"
 echo "tests: pytest"
-exec "$bin/python" -m pytest "$@"
+# Two workers: real engines and processes in one of them, one test after the other; what is fast in the other (conftest.py).
+exec "$bin/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

@@ -519,11 +519,13 @@ def test_logprobs_are_those_of_the_spans_weights_at_the_temperature_and_before_t
 ) -> None:
     async def scenario() -> None:
         async with started(sglang) as engine:
+            differences = []
             for response in await swapped_in_progress(sglang, engine, sampling):
                 expected = expected_logprobs(sglang, response, sampling.temperature)
                 assert np.abs(response.logprobs - expected).max() < 1e-4
                 old, new = (logprobs_of(sglang.weights(version), whole(response)) for version in (1, 2))
-                assert np.abs(old - new).max() > 0.01  # the claim is not empty
+                differences.append(np.abs(old - new).max())
+            assert max(differences) > 0.01  # the claim is not empty; a response of one token may differ by less
 
     run(scenario())
 

@@ -17,10 +17,8 @@ pytestmark = pytest.mark.unit
 CONFIG = Path(__file__).parents[3] / "configs"
 
 
-@pytest.mark.parametrize(("stall_s", "expected"), [(1800.0, 1800.0), (5.0, 60.0)])
-def test_a_critic_leaves_no_sooner_than_a_step_may_take(
-    monkeypatch: pytest.MonkeyPatch, stall_s: float, expected: float
-) -> None:
+@pytest.mark.parametrize("stall_s", [1800.0, 5.0])
+def test_a_critic_leaves_no_sooner_than_a_step_may_take(monkeypatch: pytest.MonkeyPatch, stall_s: float) -> None:
     limits: list[float] = []
 
     def orphaned(_: int, for_s: float) -> Callable[[], bool]:
@@ -34,4 +32,4 @@ def test_a_critic_leaves_no_sooner_than_a_step_may_take(
     monkeypatch.setenv("ASYNCPPO_SUPERVISED", str(os.getppid()))
     config = load(CONFIG / "demo.yaml", [f"guard.stall_s={stall_s}"])
     assert program._run(config, Path("c.yaml"), [], "auto", "critic", 0, ["ipc:///none"]) == 0
-    assert limits == [expected]
+    assert limits == [stall_s]
