@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -66,10 +67,15 @@ class _Group:
     store: TCPStore | None
     processes: Any = None
     """The backend, once all have come."""
+    flying: Any = None
+    """The operation that was begun last."""
 
     def end(self) -> None:
-        """Leave it. Takes until the group's timeout where an operation hangs."""
-        self.processes = self.store = None
+        """Leave it, once no operation hangs any more (the group's timeout ends it): gloo's threads end no sooner, and a
+        process that ends meanwhile is aborted."""
+        while self.flying is not None and not self.flying.is_completed():
+            time.sleep(_TICK_S)
+        self.flying = self.processes = self.store = None
 
 
 class BroadcastTransport:
@@ -87,6 +93,7 @@ class BroadcastTransport:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self._host = address(config)
+        self._family = _family(self._host)
         self._bucket_bytes = config.publish.bucket_mb << 20
         self._timeout_s = config.rollout.swap_timeout_s
         self._device = device
@@ -99,6 +106,9 @@ class BroadcastTransport:
         self._ended: list[_Group] = []
         """Groups that are to be left before the next one is made."""
         self._closing = False
+        self._given_up = False
+        self._failure: BaseException | None = None
+        self._stream: Any = None
         self._run_id = uuid.uuid4().hex[:8]
         self._groups = 0
         self._thread = threading.Thread(target=self._run, name="broadcast", daemon=True)
@@ -123,6 +133,8 @@ class BroadcastTransport:
             )
         flat = [_joined([tensors[name] for name in bucket.names], self._backend == "nccl") for bucket in buckets]
         with self._changed:
+            if self._failure is not None:
+                raise self._failure
             self._held = _Held(version, manifest, flat)
         return WeightsReady(policy_version=version, manifest=manifest, buckets=buckets)
 
@@ -157,6 +169,8 @@ class BroadcastTransport:
         """
         with self._changed:
             held = self._held
+            if self._failure is not None:
+                raise self._failure
             if self._closing:
                 raise WeightsError("no round can begin: the trainer ends")
             if self._round is not None:
@@ -172,6 +186,7 @@ class BroadcastTransport:
                 self._group = self._open(list(members))
             place = self._group
             self._round = held, place
+            self._given_up = False
             self._changed.notify_all()
         places: dict[bytes, GroupMember] = {}
         rank = 1
@@ -187,12 +202,18 @@ class BroadcastTransport:
             rank += ranks
         return places
 
+    def give_up(self, member: bytes) -> None:
+        """It takes no part in the round that is running, if it is in it: the others are not to wait for it."""
+        with self._changed:
+            if self._round is not None and any(identity == member for identity, _ in self._round[1].members):
+                self._given_up = True
+
     def _open(self, members: list[tuple[bytes, int]]) -> _Group:
         """A store that listens already, on the one address that the members are told."""
         self._groups += 1
         size = 1 + sum(ranks for _, ranks in members)
         try:
-            listening = socket.create_server((self._host, 0), family=_family(self._host), backlog=1024)
+            listening = socket.create_server((self._host, 0), family=self._family, backlog=1024)
             port = listening.getsockname()[1]
             store = TCPStore(
                 self._host,
@@ -222,8 +243,17 @@ class BroadcastTransport:
     # --- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # raised again by `put` and `begin`
+            log.exception("the broadcaster failed")
+            with self._changed:
+                self._failure, self._round = error, None
+
+    def _serve(self) -> None:
         if self._backend == "nccl":
             torch.cuda.set_device(self._device)
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # not the one of training
         leaving: list[threading.Thread] = []
         while True:
             with self._changed:
@@ -269,8 +299,9 @@ class BroadcastTransport:
             if group.processes is None:
                 if self._backend == "gloo":  # each rank leaves its address; who waits inside gloo cannot be stopped
                     self._until(lambda: self._come(group) >= group.size - 1, deadline, lambda: self._missing(group))
-                group.processes = self._join(group)
+                group.processes = self._join(group, deadline)
             options = BroadcastOptions()
+            options.timeout = timedelta(seconds=self._timeout_s)
             options.rootRank = options.rootTensor = 0
             options.asyncOp = True
             flying: tuple[Any, torch.Tensor] | None = None
@@ -278,7 +309,8 @@ class BroadcastTransport:
                 ready = self._staged(bucket)  # while the last one flies
                 if flying:
                     self._arrive(flying[0], deadline, number - 1)
-                flying = group.processes.broadcast([ready], options), ready
+                group.flying = self._begin(group, ready, options, deadline)
+                flying = group.flying, ready
             if flying:
                 self._arrive(flying[0], deadline, len(held.buckets) - 1)
 
@@ -290,7 +322,7 @@ class BroadcastTransport:
     def _missing(self, group: _Group) -> str:
         return f"{group.size - 1 - self._come(group)} of {group.size - 1} engine ranks did not come into the group"
 
-    def _join(self, group: _Group) -> Any:
+    def _join(self, group: _Group, deadline: float) -> Any:
         """This end of the process group; returns when all have come."""
         assert group.store is not None
         store = _prefixed(group.store, group.name, "cuda" if self._backend == "nccl" else "cpu")
@@ -302,18 +334,35 @@ class BroadcastTransport:
             return ProcessGroupNCCL(store, 0, group.size, nccl)
         gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not in its stubs
         gloo._devices = [ProcessGroupGloo.create_device(hostname=self._host)]
-        gloo._timeout = timedelta(seconds=self._timeout_s)
+        gloo._timeout = timedelta(seconds=max(1.0, deadline - time.monotonic()))
         gloo._threads = 2
         return ProcessGroupGloo(store, 0, group.size, gloo)
+
+    def _begin(self, group: _Group, ready: torch.Tensor, options: BroadcastOptions, deadline: float) -> Any:
+        """The operation, begun. NCCL connects with the first one, and waits without a limit for members that never
+        come: in a thread of its own, which is left behind then."""
+        if self._backend == "gloo" or group.flying is not None:
+            return group.processes.broadcast([ready], options)
+        begun: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                torch.cuda.set_device(self._device)
+                begun.set_result(group.processes.broadcast([ready], options))
+            except BaseException as error:  # raised again by `result`
+                begun.set_exception(error)
+
+        threading.Thread(target=connect, name=f"into {group.name}", daemon=True).start()
+        self._until(begun.done, deadline, lambda: "not all engine ranks came into the group")
+        return begun.result()
 
     def _staged(self, bucket: torch.Tensor) -> torch.Tensor:
         """The bucket where the backend takes it from."""
         if self._backend == "gloo":
             return bucket
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # not the one that training is on
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._stream):
             staged = bucket.to(self._device, non_blocking=True)
-        stream.synchronize()
+        self._stream.synchronize()
         return staged
 
     def _arrive(self, work: Any, deadline: float, number: int) -> None:
@@ -324,6 +373,8 @@ class BroadcastTransport:
         while not done():
             if self._closing:
                 raise WeightsError("the trainer ends")
+            if self._given_up:
+                raise WeightsError("a member has left, or said that it takes no part")
             if time.monotonic() > deadline:
                 raise WeightsError(f"{what()} within {self._timeout_s:.0f} s (rollout.swap_timeout_s)")
             time.sleep(_POLL_S)

@@ -27,7 +27,7 @@ class Disk:
     name = "disk"
 
     def __init__(self, config: Config, tokenizer_directory: Path) -> None:
-        self._root = config.weights_directory
+        self._root = config.weights_directory.resolve()  # servers run in directories of their own
         self._tokenizer_directory = tokenizer_directory
         shutil.rmtree(self._root, ignore_errors=True)  # left by a run of the same name that was killed
         self._root.mkdir(parents=True)
@@ -47,7 +47,8 @@ class Disk:
             os.replace(partial, final)
             flush_names(self._root)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in (partial, final):  # it was not announced
+                shutil.rmtree(left, ignore_errors=True)
             raise WeightsError(
                 f"version {version} could not be written to {self._root}: {error}: make room there, or choose another "
                 "publish.directory"

@@ -68,6 +68,9 @@ class Broadcaster(Protocol):
             WeightsError: it cannot begin, or does not have this version (any more).
         """
 
+    def give_up(self, member: bytes) -> None:
+        """It takes no part in the round that is running, if it is in it."""
+
 
 @dataclass(slots=True, eq=False)
 class _Server:
@@ -134,11 +137,13 @@ class Swaps:
         """A server leaves the pool, if it was there."""
         server = self._servers.pop(identity, None)
         if server is not None:
+            self._give_up(server)
             del self._in[server.state][identity]
 
     def announced(self, weights: WeightsReady) -> None:
         """This is the newest version now. A server that swaps to an older one goes on with that."""
         self._newest = weights
+        self._not_before = 0.0
         self._repeated.clear()
         for state in ("current", "prepared"):
             for server in list(self._in[state].values()):
@@ -172,6 +177,7 @@ class Swaps:
         """A server could not prepare for this version, or not swap to it."""
         server = self._servers[identity]
         if server.state == "swapping":
+            self._give_up(server)
             self._fail(server, now, "behind")
         elif server.state != "absent" and self._newest is not None and version == self._newest.policy_version:
             self._move(server, "behind")  # it was prepared, or had the version, and its engine went down
@@ -272,6 +278,11 @@ class Swaps:
             server.limit = max(1, server.company // 2)
             server.not_before = now + _PAUSE * (now - server.since) if server.company == 1 else 0.0
         self._move(server, state)
+
+    def _give_up(self, server: _Server) -> None:
+        """The others of its round, if it is in one, are not to wait for it."""
+        if server.company and self._broadcaster is not None:
+            self._broadcaster.give_up(server.identity)
 
     def _move(self, server: _Server, state: State, now: float = 0.0) -> None:
         if state == "behind" and server.limit is not None:

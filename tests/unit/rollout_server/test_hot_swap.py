@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -416,6 +418,93 @@ def test_a_version_that_killed_the_engine_twice_is_not_loaded_again_the_last_goo
     run(scenario())
 
 
+def test_a_version_whose_probe_killed_the_engine_twice_is_not_loaded_again_the_last_good_one_is(
+    publish: Publish,
+) -> None:
+    class DiesOfProbes(Scripted):
+        async def score(self, ids: Any) -> Any:
+            if self.policy_version == 1:
+                raise EngineError("no answer")
+            return await super().score(ids)
+
+    async def scenario() -> None:
+        engine = DiesOfProbes()
+        await engine.start()
+        swap = HotSwap(engine, LIMIT_S)
+        await swap_to(swap, publish(0, probe=True))
+        ready = publish(1, probe=True)
+        assert isinstance(await swap_to(swap, ready), SwapFailed)
+        assert swap.needs_restart
+        await restart(swap, engine)
+        assert isinstance(await swap.next(), Prepared)
+        assert isinstance(await told(swap, ready), SwapFailed)
+        await restart(swap, engine)
+        assert isinstance(await swap.next(), Swapped)
+        assert (engine.loaded, swap.serving) == ([0, 1, 1, 0], True)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+def test_a_version_that_was_given_up_is_tried_again_where_there_is_nothing_to_go_back_to(
+    publish: Publish, transport: str
+) -> None:
+    def make(version: int) -> WeightsReady:
+        return broadcast(version, probe=True) if transport == "broadcast" else publish(version, probe=True)
+
+    def place() -> GroupMember | None:
+        return member(f"g{next(groups)}") if transport == "broadcast" else None
+
+    async def server(swap: HotSwap, engine: Scripted, ready: WeightsReady) -> None:
+        while not isinstance(outcome := await swap.next(), Swapped):
+            if isinstance(outcome, Prepared):
+                swap.tell(Swap(policy_version=1, manifest=ready.manifest, member=place()))
+            if swap.needs_restart:
+                await restart(swap, engine)
+
+    async def scenario() -> None:
+        engine = scripted()
+        await engine.start()
+        swap = HotSwap(engine, LIMIT_S)
+        first, ready = make(0), make(1)
+        await swap_to(swap, first, place())
+        if first.directory:
+            shutil.rmtree(first.directory)  # of old versions few are kept
+        engine.wrong = hot_swap.LOADS  # a fault that passes
+        async with asyncio.timeout(5):
+            serving = asyncio.create_task(server(swap, engine, ready))
+            while not serving.done():
+                swap.announce(msgspec.structs.replace(ready))
+                await asyncio.sleep(0.02)
+            await serving
+        assert (engine.policy_version, swap.serving, swap.quarantined) == (1, True, False)
+
+    groups = itertools.count()
+    run(scenario())
+
+
+def test_what_a_lost_engine_was_generating_is_taken_back_even_if_it_survives_the_restart(publish: Publish) -> None:
+    class Attached(Scripted):
+        """One that runs already: a restart only gives it other weights."""
+
+        async def restart(self) -> None:
+            self.restarts += 1
+
+    async def scenario() -> None:
+        engine = Attached(token_s=0.02)
+        await engine.start()
+        swap = HotSwap(engine, LIMIT_S)
+        await swap_to(swap, publish(0))
+        running = asyncio.create_task(answer(swap, engine))
+        await asyncio.sleep(0.05)
+        await restart(swap, engine)
+        assert isinstance(await swap.next(), Swapped)
+        with pytest.raises(TakenBackError):
+            await running
+
+    run(scenario())
+
+
 def test_a_version_that_met_a_dead_engine_is_loaded_after_the_restart(publish: Publish) -> None:
     async def scenario() -> None:
         engine = scripted()
@@ -471,6 +560,49 @@ def test_a_round_of_a_broadcast_that_is_not_prepared_is_declined_and_a_turn_on_d
         swap.announce(ready)
         assert isinstance(await swap.next(), Prepared)
         assert engine.loaded == [1]
+
+    run(scenario())
+
+
+def test_a_round_in_the_group_of_the_last_one_is_declined_if_it_is_not_prepared() -> None:
+    async def scenario() -> None:
+        engine = scripted()
+        await engine.start()
+        swap = HotSwap(engine, LIMIT_S)
+        assert isinstance(await swap_to(swap, broadcast(1), member("g1")), Swapped)
+        async with asyncio.timeout(1):  # the round's other members wait for this one
+            outcome = await told(swap, broadcast(2), member("g1"))
+        assert isinstance(outcome, SwapFailed)
+        assert outcome.policy_version == 2
+
+    run(scenario())
+
+
+def test_a_round_that_begins_while_a_restarted_engine_prepares_anew_is_declined() -> None:
+    class SlowToTell(Scripted):
+        is_slow = False
+
+        async def healthy(self) -> bool:
+            await asyncio.sleep(0.1 * self.is_slow)
+            return await super().healthy()
+
+    async def scenario() -> None:
+        engine = SlowToTell()
+        await engine.start()
+        swap = HotSwap(engine, LIMIT_S)
+        assert isinstance(await swap_to(swap, broadcast(1), member("g1")), Swapped)
+        ready = broadcast(2)
+        for _ in range(2):
+            swap.announce(msgspec.structs.replace(ready))
+            assert isinstance(await swap.next(), Prepared)
+        engine.is_slow = True
+        await restart(swap, engine)
+        waiting = asyncio.create_task(swap.next())
+        await asyncio.sleep(0.05)
+        swap.tell(Swap(policy_version=2, manifest=ready.manifest, member=member("g1")))
+        async with asyncio.timeout(1):
+            outcomes = [await waiting, await swap.next()]
+        assert any(isinstance(outcome, SwapFailed) for outcome in outcomes)
 
     run(scenario())
 
@@ -868,6 +1000,37 @@ def test_a_verification_that_never_ends_is_ended_by_its_limit(
         assert not swap.needs_restart
 
     run(scenario())
+
+
+def test_a_disk_that_hangs_holds_one_thread_however_often_a_version_is_announced(
+    publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        engine = scripted()
+        await engine.start()
+        swap = HotSwap(engine, 0.02)
+        ready = publish(0)
+        for _ in range(8):
+            outcome = await swap_to(swap, msgspec.structs.replace(ready))
+            assert isinstance(outcome, SwapFailed)
+        assert len(begun) == 1
+        assert "does its disk hang?" in outcome.reason
+        hanging.set()
+        while not isinstance(outcome, Swapped):  # the thread has to end
+            await asyncio.sleep(0.01)
+            outcome = await swap_to(swap, msgspec.structs.replace(ready))
+
+    def hang(*_: Any) -> None:
+        begun.append(1)
+        hanging.wait(5)
+
+    begun: list[int] = []
+    hanging = threading.Event()
+    monkeypatch.setattr(hot_swap.weights, "verify", hang)
+    try:
+        run(scenario())
+    finally:
+        hanging.set()
 
 
 def test_an_announcement_whose_probe_does_not_fit_together_is_refused(publish: Publish) -> None:

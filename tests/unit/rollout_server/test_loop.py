@@ -743,6 +743,36 @@ def test_the_first_start_of_an_engine_is_tested_once_and_before_its_first_versio
     run(scenario())
 
 
+@pytest.mark.parametrize("found", ["retract", "resubmit"])
+def test_a_trainer_hears_how_the_engine_is_swapped_if_the_self_test_has_changed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    class Falls(ScriptedEngine):
+        @property
+        def description(self) -> str:
+            return f"scripted, swapped by {self.swap_mode}"
+
+    async def test(engine: Any, model: str, config: Config) -> None:
+        engine.swap_mode, engine.self_tested = found, True
+
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.engine = Falls(script, lambda ids: str(ids[-1]), 0.0, None, world.scores)
+        world.engine.self_tested = False
+        async with world.serving():
+            assert (await world.expect(Hello)).engine == "scripted, swapped by retract"
+            world.send(welcome())
+            if found == "resubmit":
+                assert (await world.expect(Hello, engine="scripted, swapped by resubmit")).incarnation == "i1"
+                world.send(welcome())
+            world.send(world.publish(0))
+            await world.expect(Swapped)
+            assert not any(isinstance(message, Hello) for message in world.heard)
+
+    monkeypatch.setattr(loop, "self_test", test)
+    run(scenario())
+
+
 @pytest.mark.parametrize("how", ["not clean", "without end", "switched off", "known to be clean"])
 def test_an_engine_whose_swaps_are_not_clean_ends_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str

@@ -106,6 +106,55 @@ def test_a_clean_engine_passes_and_has_its_starting_weights_again(model: str) ->
     assert (OTHER, 6.0) in engine.loaded
 
 
+def test_an_engine_that_has_other_weights_than_its_starting_ones_is_given_them_first(model: str) -> None:
+    class Attached(FakeEngine):
+        """Its log-probs are those of its norm; another server has left it a later version's."""
+
+        norm = 2.5
+
+        def _note(self, weights: Path | Broadcast, version: int) -> None:
+            super()._note(weights, version)
+            self.norm = self.loaded[-1][1]
+
+        def _script_of(self, prompt: tuple[int, ...], index: int, version: int) -> list[tuple[int, float]]:
+            return [(token % 60, -0.05 * self.norm) for token in range(100)]
+
+        def _scores_of(self, ids: tuple[int, ...], version: int) -> list[float]:
+            return [-0.05 * self.norm] * (len(ids) - 1)
+
+    assert run_on(Attached(), model).swap_mode == "retract"
+
+
+def test_a_token_that_is_far_off_by_itself_is_no_fault(model: str) -> None:
+    class CutsOneShort(FakeEngine):
+        """The first answer that a swap meets ends with the first token after it."""
+
+        async def generate(self, prompt_ids: Int32, n: int, sampling: SamplingConfig) -> list[Response]:
+            first, *others = await super().generate(prompt_ids, n, sampling)
+            if len(first.spans) > 1:
+                version, tokens = first.spans[0]
+                logprobs = first.logprobs[: tokens + 1].copy()
+                logprobs[-1] -= 0.02
+                spans = [(version, tokens), (first.spans[1][0], 1)]
+                first = Response(first.ids[: tokens + 1], logprobs, spans, False, first.text)
+            return [first, *others]
+
+    assert run_on(CutsOneShort(), model).swap_mode == "retract"
+
+
+def test_a_cached_prompt_that_spoils_only_short_answers_is_found_among_the_long_ones(model: str) -> None:
+    class KeepsThePrompt(FakeEngine):
+        """Wrong by 0.01 nats is what begins after a swap; 8 tokens an answer would be little among hundreds."""
+
+        async def generate(self, prompt_ids: Int32, n: int, sampling: SamplingConfig) -> list[Response]:
+            error = np.float32(0.005) if self.policy_version == OTHER else np.float32(0)
+            answers = await super().generate(prompt_ids, n, sampling)
+            return [Response(a.ids, a.logprobs + error, a.spans, a.truncated, a.text) for a in answers]
+
+    with pytest.raises(EngineError, match=r"32 tokens of version 0 have log-probs that differ by 0\.005 nats"):
+        run_on(KeepsThePrompt(), model)
+
+
 def test_an_engine_that_keeps_a_stale_cache_is_swapped_by_resubmitting_and_it_is_said(
     model: str, caplog: pytest.LogCaptureFixture
 ) -> None:

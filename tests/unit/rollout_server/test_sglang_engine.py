@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,7 +18,7 @@ from asyncppo.config import SamplingConfig, from_tree
 from asyncppo.errors import EngineError
 from asyncppo.messages import Bucket, GroupMember
 from rollout_server.engine import UNLOADED, Broadcast
-from rollout_server.sglang_engine import SGLangEngine
+from rollout_server.sglang_engine import SGLangEngine, child_arguments
 
 pytestmark = pytest.mark.unit
 
@@ -54,7 +56,9 @@ class FakeSGLang:
 
 
 @asynccontextmanager
-async def serving(swap_timeout_s: float = 5.0) -> AsyncIterator[tuple[FakeSGLang, SGLangEngine]]:
+async def serving(
+    swap_timeout_s: float = 5.0, request_timeout_s: float = 60.0
+) -> AsyncIterator[tuple[FakeSGLang, SGLangEngine]]:
     fake = FakeSGLang()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", fake.reply)
@@ -63,9 +67,8 @@ async def serving(swap_timeout_s: float = 5.0) -> AsyncIterator[tuple[FakeSGLang
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     fake.port = runner.addresses[0][1]
-    config = from_tree(
-        {"data": {"train": "x"}, "actor": {"path": "x"}, "rollout": {"device": "cpu", "swap_timeout_s": swap_timeout_s}}
-    )
+    limits = {"swap_timeout_s": swap_timeout_s, "request_timeout_s": request_timeout_s}
+    config = from_tree({"data": {"train": "x"}, "actor": {"path": "x"}, "rollout": {"device": "cpu"} | limits})
     engine = SGLangEngine(config, "a/b", Path("sglang.log"), f"http://127.0.0.1:{fake.port}")
     try:
         await engine.start()
@@ -206,6 +209,25 @@ def test_a_load_that_is_never_answered_ends_at_its_limit_and_the_engine_is_not_h
     run(scenario())
 
 
+def test_weights_that_cannot_be_looked_at_are_an_error_and_the_engine_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: Any, **__: Any) -> None:
+        raise OSError(116, "Stale file handle")
+
+    async def scenario() -> None:
+        async with serving() as (_, engine):
+            await engine.pause()
+            monkeypatch.setattr(os, "stat", stale)
+            with pytest.raises(EngineError, match="there is no such directory"):
+                await engine.load(tmp_path / "v1", 1)
+            monkeypatch.undo()
+            await engine.resume()
+            assert await engine.healthy()
+
+    run(scenario())
+
+
 def test_a_load_that_is_cancelled_leaves_an_engine_that_will_not_go_on(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving() as (fake, engine):
@@ -252,6 +274,42 @@ def test_a_score_generates_nothing_is_at_temperature_1_and_shares_no_cache() -> 
             assert first["logprob_start_len"] == 0
             assert first["sampling_params"] == {"max_new_tokens": 0, "temperature": 1.0}
             assert first["extra_key"] != second["extra_key"]
+
+    run(scenario())
+
+
+def test_a_score_goes_before_all_requests_and_these_have_no_priority() -> None:
+    async def scenario() -> None:
+        async with serving() as (fake, engine):
+            fake.answers["/generate"] = lambda body: scored([5, 6, 7], [None, -1.5, -2.5])
+            await engine.score(PROMPT)
+            fake.answers["/generate"] = lambda body: [a_reply([11], 0, "stop")]
+            await engine.generate(PROMPT, 1, SamplingConfig(max_response_tokens=10))
+            assert [body.get("priority") for _, body in fake.posts] == [0, None]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "has_priorities"),
+    [({}, True), ({"schedule-policy": "lof"}, True), ({"schedule_policy": "lpm"}, False)],
+)
+def test_sglang_is_started_with_priorities_unless_its_schedule_policy_knows_none(
+    engine_args: dict[str, str], has_priorities: bool
+) -> None:
+    tree = {"data": {"train": "x"}, "actor": {"path": "x"}, "rollout": {"engine_args": engine_args}}
+    arguments = child_arguments(from_tree(tree), "a/b", "cpu", 1)
+    assert ("--enable-priority-scheduling" in arguments) == has_priorities
+
+
+def test_a_request_whose_deadline_has_passed_ends_at_once() -> None:
+    async def scenario() -> None:
+        async with serving(request_timeout_s=1e-9) as (fake, engine):
+            fake.answers["/generate"] = never
+            started = time.monotonic()
+            with pytest.raises(EngineError, match="SGLang did not answer /generate within"):
+                await engine.generate(PROMPT, 1, SamplingConfig(max_response_tokens=10))
+            assert time.monotonic() - started < 5
 
     run(scenario())
 

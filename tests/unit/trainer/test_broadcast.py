@@ -5,6 +5,9 @@ Members are threads of this process, each with its own end of a gloo group.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -265,6 +268,91 @@ def test_a_member_that_fails_ends_the_round_in_time_and_the_next_group_is_anothe
     sender.until_idle()
     assert sender.begin((ALICE, 1), group=second[ALICE].name) == second
     sender.transport.close()
+
+
+def test_a_member_that_takes_no_part_holds_the_others_up_no_longer_than_it_takes_to_say_so(sender: Sender) -> None:
+    sender.put(1)
+    place = sender.begin((ALICE, 1), (BOB, 1))[ALICE]
+    InThread(lambda: Member(place))
+    began = time.monotonic()
+    sender.transport.give_up(b"carol/1")  # who is in no round
+    time.sleep(0.2)
+    assert sender.transport.busy
+    sender.transport.give_up(BOB)
+    sender.until_idle()
+    assert time.monotonic() - began < 5
+
+
+def test_a_member_that_comes_late_and_then_hangs_does_not_make_the_round_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = Sender(tmp_path, monkeypatch, timeout_s=3.0)
+    sender.put(1)
+    place = sender.begin((ALICE, 1))[ALICE]
+    began = time.monotonic()
+    time.sleep(2)
+    store = TCPStore(place.address, place.port, 2, False, LIMIT, wait_for_workers=False)
+    key = PrefixStore("cpu/", PrefixStore(f"{place.name}/", PrefixStore(place.name, store)))
+    key.set("dead", b"x")  # an address behind which nobody answers, as of one that was killed just then
+    sender.until_idle()
+    assert time.monotonic() - began < 5
+    sender.transport.close()
+
+
+def test_a_fault_of_the_thread_is_raised_by_the_next_call(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("a fault of ours")
+
+    sender.put(1)
+    monkeypatch.setattr(sender.transport, "_send", broken)
+    sender.begin((ALICE, 1))
+    sender.until_idle()
+    with pytest.raises(TypeError, match="a fault of ours"):
+        sender.put(2)
+    with pytest.raises(TypeError, match="a fault of ours"):
+        sender.begin((ALICE, 1))
+
+
+HANGING_MEMBER = """
+import os, sys, time
+from asyncppo.messages import GroupMember
+from tests.unit.trainer.test_broadcast import Member
+name, port = sys.argv[1:]
+place = GroupMember(name=name, address="127.0.0.1", port=int(port), rank=1, world_size=2, backend="gloo")
+member = Member(place)
+print("in", flush=True)
+time.sleep(60)
+"""
+
+ENDING_SENDER = """
+import subprocess, sys, tempfile, time
+from pathlib import Path
+import pytest, torch
+from tests.unit.trainer.test_broadcast import ALICE, HANGING_MEMBER, Sender
+sender = Sender(Path(tempfile.mkdtemp()), pytest.MonkeyPatch(), timeout_s=20.0)
+sender.ready = sender.transport.put(0, {"large": torch.zeros(50_000_000, dtype=torch.uint8)}, None)
+place = sender.begin((ALICE, 1))[ALICE]
+member = subprocess.Popen([sys.executable, "-c", HANGING_MEMBER, place.name, str(place.port)], stdout=subprocess.PIPE)
+member.stdout.readline()
+time.sleep(0.5)
+assert sender.transport.busy
+began = time.monotonic()
+sender.transport.close()
+assert time.monotonic() - began < 5
+member.kill()
+"""
+
+
+def test_a_process_ends_in_order_although_a_member_in_another_one_hangs(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDING_SENDER],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("come", [False, True])

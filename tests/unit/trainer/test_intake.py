@@ -851,6 +851,9 @@ class Rounds:
     def __init__(self) -> None:
         self.begun: list[tuple[int, str, list[tuple[bytes, int]]]] = []
 
+    def give_up(self, member: bytes) -> None:
+        """Its rounds end by themselves."""
+
     def begin(
         self, version: int, manifest: str, members: Sequence[tuple[bytes, int]], group: str
     ) -> dict[bytes, GroupMember]:

@@ -192,6 +192,26 @@ def test_a_version_that_is_half_written_is_never_visible_under_its_name(
     assert published(config.weights_directory) == []
 
 
+def test_a_version_whose_name_could_not_be_flushed_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = a_config(tmp_path)
+    policy, transport = Policy(config, a_world()), Disk(config, a_model())
+    flush_names, failures = disk.flush_names, [OSError(5, "Input/output error")]
+
+    def flaky(directory: Path) -> None:
+        if failures:
+            raise failures.pop()
+        flush_names(directory)
+
+    monkeypatch.setattr(disk, "flush_names", flaky)
+    with pytest.raises(WeightsError, match="Input/output error"):
+        put(transport, policy, 1)
+    assert list(config.weights_directory.iterdir()) == []
+    ready = put(transport, policy, 1)
+    verify(Path(ready.directory), 1, ready.manifest)
+
+
 def test_what_a_killed_run_of_the_same_name_left_is_removed(tmp_path: Path) -> None:
     config = a_config(tmp_path)
     (config.weights_directory / "v00000009").mkdir(parents=True)

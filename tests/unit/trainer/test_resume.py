@@ -191,6 +191,9 @@ class Rounds:
     def busy(self) -> bool:
         return self._house.now < self._until
 
+    def give_up(self, member: bytes) -> None:
+        """Its rounds end by themselves."""
+
     def begin(
         self, version: int, manifest: str, members: Sequence[tuple[bytes, int]], group: str
     ) -> dict[bytes, GroupMember]:
@@ -399,11 +402,18 @@ class House:
         if doing == "swap" and (said := server.swap(fails=fails)):
             self.say(server, said)
         elif doing == "finish" and server.works_on:
-            group = server.finish(self.rng.choice(list(server.works_on)))
+            lease = self.rng.choice(list(server.works_on))
+            if server.works_on[lease][1][0][0] < 0:  # it came when there were no weights to answer it with
+                del server.works_on[lease]
+                self.say(server, Failed(lease=lease, reason="in quarantine"))
+                return
+            group = server.finish(lease)
             if self.rng.random() < 0.7:  # else it is lost on its way, and is sent again
                 self.say(server, group)
         else:
-            self.say(server, a_status(server.version))
+            status = a_status(server.version)
+            in_quarantine = server.version < 0 <= server.told
+            self.say(server, msgspec.structs.replace(status, state="quarantined") if in_quarantine else status)
             for group in list(server.outbox.values()):
                 self.say(server, group)
 

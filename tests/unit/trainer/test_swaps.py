@@ -30,7 +30,11 @@ class Rounds:
         self.busy = False
         self.begun: list[tuple[int, list[bytes]]] = []
         self.groups: list[str] = []
+        self.given_up: list[bytes] = []
         self.refuses = False
+
+    def give_up(self, member: bytes) -> None:
+        self.given_up.append(member)
 
     def begin(
         self, version: int, manifest: str, members: Sequence[tuple[bytes, int]], group: str
@@ -322,6 +326,29 @@ def test_a_group_is_used_again_only_if_all_members_say_that_they_are_in_it() -> 
     assert rounds.groups == ["", "g1", "", ""]
 
 
+def test_the_others_of_a_round_do_not_wait_for_a_member_that_fails_or_leaves() -> None:
+    rounds = Rounds()
+    swaps = some_swaps("abc", rounds=rounds)
+    for identity in (b"a", b"b", b"c"):
+        swaps.prepared(identity, 0, weights_of(0).manifest, 0)
+    assert len(swaps.due(0)) == 3
+    swaps.failed(b"a", 0, 1)
+    swaps.left(b"b")
+    assert rounds.given_up == [b"a", b"b"]
+
+
+def test_a_round_that_could_not_begin_holds_no_newer_version_up() -> None:
+    rounds = Rounds()
+    swaps = some_swaps("a", rounds=rounds)
+    swaps.prepared(b"a", 0, weights_of(0).manifest, 0)
+    rounds.refuses = True
+    assert swaps.due(0) == []
+    rounds.refuses = False
+    swaps.announced(weights_of(1))
+    swaps.prepared(b"a", 1, weights_of(1).manifest, 0)
+    assert [swap.policy_version for _, swap in swaps.due(0)] == [1]
+
+
 def test_a_member_that_lets_rounds_fail_is_found_and_the_others_swap() -> None:
     rounds = Rounds()
     swaps = some_swaps("abcd", rounds=rounds)
@@ -507,6 +534,9 @@ class World:
     @property
     def busy(self) -> bool:
         return self.now < self.round_ends
+
+    def give_up(self, member: bytes) -> None:
+        """Its rounds end by themselves."""
 
     def begin(
         self, version: int, manifest: str, members: Sequence[tuple[bytes, int]], group: str
