@@ -563,6 +563,10 @@ class Intake:
             self._journal.event("server_joined", server=hello.server, engine=hello.engine, capacity=hello.capacity)
         else:
             known.last_seen = now
+            if known.engine != hello.engine:  # its self-test has found that it needs another way to swap
+                known.engine = hello.engine
+                log.info("rollout server %s is now: %s", hello.server, brief(hello.engine))
+                self._journal.event("server_engine", server=hello.server, engine=hello.engine)
         self._outbox.append(
             (
                 identity,

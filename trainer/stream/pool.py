@@ -75,6 +75,8 @@ class Peer:
     identity: bytes
     name: str
     incarnation: str
+    engine: str
+    """What generates, for people."""
     started: float
     """When its process was started, by its own clock."""
     capacity: int
@@ -171,6 +173,7 @@ class Pool:
                 identity=identity,
                 name=hello.server,
                 incarnation=hello.incarnation,
+                engine=hello.engine,
                 started=hello.started,
                 capacity=hello.capacity,
                 last_seen=now,

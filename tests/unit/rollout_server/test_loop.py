@@ -759,7 +759,7 @@ def test_a_trainer_hears_how_the_engine_is_swapped_if_the_self_test_has_changed_
         world = World(tmp_path)
         world.engine = Falls(script, lambda ids: str(ids[-1]), 0.0, None, world.scores)
         world.engine.self_tested = False
-        async with world.serving():
+        async with world.serving(), pulsing(world):  # else it says Hello for the silence
             assert (await world.expect(Hello)).engine == "scripted, swapped by retract"
             world.send(welcome())
             if found == "resubmit":

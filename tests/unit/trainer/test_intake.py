@@ -286,6 +286,16 @@ def test_a_server_that_does_not_fit_is_turned_away_with_the_reason(
     assert house.counts().admitted == 0
 
 
+def test_a_server_whose_engine_is_swapped_in_another_way_now_says_so_once(build: Build) -> None:
+    house = build()
+    alice = house.server()
+    fallen_back = msgspec.structs.replace(alice.hello, engine="sglang, swapped by resubmitting")
+    alice.say(alice.hello, fallen_back, fallen_back)
+    assert [type(message) for message in alice.hear_all()] == [Welcome] * 3
+    assert [event["engine"] for event in house.events("server_engine")] == ["sglang, swapped by resubmitting"]
+    assert len(house.events("server_joined")) == 1
+
+
 def test_a_server_gets_leases_only_after_its_swap(build: Build) -> None:
     house = build()
     house.announce(0)
