@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests: makes the environments where needed, checks style and types, then pytest. Arguments go to pytest:
-# `scripts/test.sh -m unit` for the fast ones (about two minutes), `scripts/test.sh -k staleness` for some.
+# `scripts/test.sh -m unit` for the fast ones (about five minutes), `scripts/test.sh -k staleness` for some.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh all
@@ -14,5 +14,5 @@ echo "style: ruff"
 echo "types: mypy --strict"
 "$bin/mypy"
 echo "tests: pytest"
-# Two workers: real engines and processes in one of them, one test after the other; what is fast in the other (conftest.py).
-exec "$bin/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+# Two workers, a file each at a time, the slow ones first: what a file's tests share is made once.
+exec "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -13,11 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that need the machine go to one worker, one after the other, and the others to those that are left. GPU
-    tests are skipped, with the reason, where there is no GPU."""
-    for item in items:
-        alone = item.get_closest_marker("unit") is None
-        item.add_marker(pytest.mark.xdist_group("processes" if alone else item.path.name))
+    """GPU tests are skipped, with the reason, where there is no GPU."""
     if any("gpu" in item.keywords for item in items):
         import torch
 
