@@ -25,7 +25,7 @@ from trainer.model.policy import Policy
 from trainer.model.world import World
 from trainer.publish.broadcast import BroadcastTransport
 from trainer.publish.disk import Disk
-from trainer.publish.publisher import Publisher
+from trainer.publish.publisher import Publisher, tolerance
 from trainer.stream.intake import Intake
 from trainer.stream.prompts import Prompts
 from trainer.stream.state import StreamState
@@ -155,6 +155,8 @@ def _transport(config: Config, world: World, data: preflight.Data) -> Disk | Bro
     """How weights travel in this run."""
     which, why = config.publish_transport
     log.info("weights are published by %s: %s", which, why)
+    probed = f"probed to {tolerance(config):g} nats" if config.publish.probe else "not probed"
+    log.info("the actor trains in %s, the engines serve %s, %s", config.actor.dtype, config.rollout.dtype, probed)
     if which == "disk":
         return Disk(config, data.tokenizer_directory)
     transport = BroadcastTransport(config, world.device)
