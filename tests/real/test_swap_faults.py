@@ -230,7 +230,7 @@ def test_a_server_that_is_killed_in_any_phase_costs_the_others_nothing_but_time(
     phases = PHASES[cluster.config.publish.transport]
     victims = [f"at-{phase}" for phase in phases]
     for version, (phase, victim) in enumerate(zip(phases, victims, strict=True), 1):
-        cluster.start(victim, fault=f"kill:{phase}:{version + 1}")  # it comes there once with each version
+        cluster.start(victim, fault=f"kill:{phase}:v{version}")
     cluster.start("bob")
     cluster.publish(0)
     cluster.serves(0, "bob", *victims)

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 import rollout_server.hot_swap
 from asyncppo.config import Config, SamplingConfig, load
 from asyncppo.errors import EngineError
-from asyncppo.messages import Float32, GroupMember, Int32, Message, Prepared, Swapped
+from asyncppo.messages import Float32, GroupMember, Int32, Message, Prepared, Swapped, WeightsReady
 from asyncppo.rewards import Grade
 from asyncppo.transport.base import Link
 from asyncppo.transport.zmq import ZmqLink
@@ -46,17 +46,24 @@ Phase = Literal["prepare", "prepared", "pause", "load", "bucket", "loaded", "res
 
 
 class Faults:
-    """What goes wrong, `HOW:PHASE:N`, several separated by commas: the Nth time that it comes to a phase.
+    """What goes wrong, `HOW:PHASE:N`, several separated by commas: the Nth time that it comes to a phase; or
+    `HOW:PHASE:vN`: when it comes there after version N was announced, however often it has come there before.
 
     `kill` and `stop` are signals to this process, `hang` never returns, `fail` is an EngineError, `lie` says that it
     was done and does nothing.
     """
 
     def __init__(self, text: str) -> None:
+        self.announced = -1
+        """The version announced last."""
         self._wanted = {}
+        self._wanted_from = {}
         for part in filter(None, text.split(",")):
             how, phase, number = part.split(":")
-            self._wanted[phase, int(number)] = how
+            if number.startswith("v"):
+                self._wanted_from[phase] = (int(number[1:]), how)
+            else:
+                self._wanted[phase, int(number)] = how
         self._seen: Counter[str] = Counter()
 
     async def at(self, phase: Phase) -> bool:
@@ -76,6 +83,8 @@ class Faults:
     def _next(self, phase: Phase) -> str | None:
         self._seen[phase] += 1
         how = self._wanted.get((phase, self._seen[phase]))
+        if phase in self._wanted_from and self.announced >= self._wanted_from[phase][0]:
+            how = self._wanted_from[phase][1]
         if how in ("kill", "stop"):
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
         return how
@@ -229,7 +238,10 @@ class FaultyLink:
         self.hint = ""
 
     async def receive(self) -> Any:
-        return await self._link.receive()
+        message = await self._link.receive()
+        if isinstance(message, WeightsReady):
+            self._faults.announced = message.policy_version
+        return message
 
     async def send(self, message: Message) -> None:
         if isinstance(message, Swapped):
