@@ -177,6 +177,19 @@ class Failed(Message, frozen=True, kw_only=True):
     reason: Text
 
 
+ServerState = Literal[
+    "starting",
+    "generating",
+    "waiting for leases",
+    "swapping",
+    "quarantined",
+    "engine down",
+    "outbox full",
+    "stopping",
+]
+"""What a rollout server does."""
+
+
 class Status(Message, frozen=True, kw_only=True):
     """A rollout server's heartbeat: it lives, and this is what it does."""
 
@@ -191,16 +204,7 @@ class Status(Message, frozen=True, kw_only=True):
     """Seconds since its start in which it had nothing to generate: it waited for leases."""
     reward_errors: Count
     engine_restarts: Count
-    state: Literal[
-        "starting",
-        "generating",
-        "waiting for leases",
-        "swapping",
-        "quarantined",
-        "engine down",
-        "outbox full",
-        "stopping",
-    ]
+    state: ServerState
 
 
 class Prepared(Message, frozen=True, kw_only=True):
@@ -232,6 +236,20 @@ class Swapped(Message, frozen=True, kw_only=True):
     """Mean |difference| of the probe's log-probs, engine and trainer, nats; None where there was no probe."""
     attempts: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
     """How often it was loaded until the probe was right."""
+
+    @classmethod
+    def at_once(cls, policy_version: int, manifest: str) -> Swapped:
+        """Of a version that is served already: no phase took any time."""
+        return cls(
+            policy_version=policy_version,
+            manifest=manifest,
+            prepare_s=0.0,
+            wait_s=0.0,
+            pause_s=0.0,
+            load_s=0.0,
+            resume_s=0.0,
+            probe_s=0.0,
+        )
 
 
 class SwapFailed(Message, frozen=True, kw_only=True):

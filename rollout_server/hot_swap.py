@@ -120,11 +120,8 @@ class HotSwap:
             self._bad = None
         self._announced = ready
         self._announcements += 1
-        going_on = self._pending is not None and _same(ready, self._pending) and ready.buckets == self._pending.buckets
-        if (
-            not going_on
-        ):  # what is being prepared goes on, unless another trainer cuts the same weights into other buckets
-            self._pending = ready
+        if self._pending is None or not _same(ready, self._pending) or ready.buckets != self._pending.buckets:
+            self._pending = ready  # else what is being prepared goes on; other buckets are of another trainer
         self._changed.set()
 
     def tell(self, swap: Swap) -> None:
@@ -243,7 +240,7 @@ class HotSwap:
         """One step on the way of a version into the engine; None where there is nothing to say of it."""
         if self.serving and _same(wanted, self._good):
             self._done_with(wanted)
-            return _confirmed(wanted)
+            return Swapped.at_once(*_key(wanted))
         served_before = _same(wanted, self._good) and bool(wanted.directory)
         has_other = self.serving or (self._good is not None and bool(self._good.directory))
         if _same(wanted, self._bad) and not served_before and has_other:
@@ -482,20 +479,6 @@ def _same(one: WeightsReady | None, other: WeightsReady | None) -> bool:
 def _same_turn(one: Swap, other: Swap | None) -> bool:
     """A process group outlives its rounds: the place in it alone says nothing."""
     return other is not None and (_key(one), one.member) == (_key(other), other.member)
-
-
-def _confirmed(ready: WeightsReady) -> Swapped:
-    """Of a version that is served already."""
-    return Swapped(
-        policy_version=ready.policy_version,
-        manifest=ready.manifest,
-        prepare_s=0.0,
-        wait_s=0.0,
-        pause_s=0.0,
-        load_s=0.0,
-        resume_s=0.0,
-        probe_s=0.0,
-    )
 
 
 def _too_far(gap: float, ready: WeightsReady) -> str:

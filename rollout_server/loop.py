@@ -25,7 +25,6 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -47,6 +46,7 @@ from asyncppo.messages import (
     Prepared,
     Pulse,
     Refused,
+    ServerState,
     Status,
     Stop,
     Swap,
@@ -78,17 +78,6 @@ _RESTARTS_IN_A_ROW = 3
 _GOODBYE_S = 1.0
 _HEADER_BYTES = 1 << 16
 """More than a group takes beside its arrays."""
-
-State = Literal[
-    "starting",
-    "generating",
-    "waiting for leases",
-    "swapping",
-    "quarantined",
-    "engine down",
-    "outbox full",
-    "stopping",
-]
 
 
 class RolloutServer:
@@ -390,7 +379,7 @@ class RolloutServer:
             state=self._state(),
         )
 
-    def _state(self) -> State:
+    def _state(self) -> ServerState:
         if self._stopping.is_set():
             return "stopping"
         if self._swap.quarantined:

@@ -129,7 +129,7 @@ class Swarm:
                     self._say(socket, Prepared(policy_version=version, manifest=manifest, prepare_s=0.0))
                 case Swap():
                     self._versions[socket] = message.policy_version
-                    self._say(socket, a_swapped(message))
+                    self._say(socket, Swapped.at_once(message.policy_version, message.manifest))
                 case Lease():
                     self.groups += 1
                     self._say(socket, a_group(message, self._versions[socket], self._trainers[socket]))
@@ -168,20 +168,6 @@ class Swarm:
             engine_restarts=0,
             state="generating",
         )
-
-
-def a_swapped(swap: Swap) -> Swapped:
-    """It took no time."""
-    return Swapped(
-        policy_version=swap.policy_version,
-        manifest=swap.manifest,
-        prepare_s=0.0,
-        wait_s=0.0,
-        pause_s=0.0,
-        load_s=0.0,
-        resume_s=0.0,
-        probe_s=0.0,
-    )
 
 
 def a_group(lease: Lease, version: int, trainer: str) -> Group:

@@ -15,6 +15,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
@@ -188,35 +189,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(params=["disk", "broadcast"])
-def cluster(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Iterator[Cluster]:
-    """On either transport; what it has generated is checked at the end."""
-    opened = Cluster(model, tmp_path, request.param).open()
+@contextmanager
+def checked(model: Path, directory: Path, transport: str) -> Iterator[Cluster]:
+    """What it has generated is checked at the end."""
+    opened = Cluster(model, directory, transport).open()
     try:
         yield opened
         opened.check(model)
     finally:
         opened.close()
+
+
+@pytest.fixture(params=["disk", "broadcast"])
+def cluster(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Iterator[Cluster]:
+    """On either transport."""
+    with checked(model, tmp_path, request.param) as opened:
+        yield opened
 
 
 @pytest.fixture
 def broadcast(model: Path, tmp_path: Path) -> Iterator[Cluster]:
-    opened = Cluster(model, tmp_path, "broadcast").open()
-    try:
+    with checked(model, tmp_path, "broadcast") as opened:
         yield opened
-        opened.check(model)
-    finally:
-        opened.close()
 
 
 @pytest.fixture
 def disk(model: Path, tmp_path: Path) -> Iterator[Cluster]:
-    opened = Cluster(model, tmp_path, "disk").open()
-    try:
+    with checked(model, tmp_path, "disk") as opened:
         yield opened
-        opened.check(model)
-    finally:
-        opened.close()
 
 
 PHASES = {

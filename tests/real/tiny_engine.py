@@ -29,12 +29,11 @@ import rollout_server.hot_swap
 from asyncppo.config import Config, SamplingConfig, load
 from asyncppo.errors import EngineError
 from asyncppo.messages import Float32, GroupMember, Int32, Message, Prepared, Swapped, WeightsReady
-from asyncppo.rewards import Grade
 from asyncppo.transport.base import Link
 from asyncppo.transport.zmq import ZmqLink
 from rollout_server.engine import UNLOADED, Broadcast, Response
 from rollout_server.loop import RolloutServer
-from rollout_server.reward import Grader
+from tests.stream_process import RightAway
 
 TOKEN_S = 0.004
 TOKENS = 24
@@ -252,19 +251,6 @@ class FaultyLink:
 
     def close(self) -> None:
         self._link.close()
-
-
-class RightAway(Grader):
-    """Everything is right, without processes."""
-
-    def __init__(self) -> None:
-        pass
-
-    async def grade(self, texts: Sequence[str], answer: str) -> list[Grade]:
-        return [Grade(1.0, error=False) for _ in texts]
-
-    def close(self) -> None:
-        pass
 
 
 async def serve(config: Config, name: str, faults: Faults) -> None:
